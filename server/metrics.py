@@ -1,0 +1,95 @@
+"""Every metric, its labels and its buckets on one screen.
+
+Labels are only ``model``, ``version``, ``variant``, ``device`` and ``code``. ``code`` is ``ok`` or the code of an error
+in ``server.errors``, so every refusal is counted by its reason.
+"""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.exposition import generate_latest
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+# 100 us to 26 s, each bucket twice the one before.
+SECONDS = tuple(1e-4 * 2**power for power in range(19))
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
+
+_MODEL = ("model", "version")
+_LANE = (*_MODEL, "variant", "device")
+
+
+class Metrics:
+    """The process's metrics in a registry of their own."""
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+        self.requests = Counter(
+            "slipstream_requests", "Finished requests by result.", (*_MODEL, "code"), registry=registry
+        )
+        self.request_seconds = Histogram(
+            "slipstream_request_seconds", "Arrival to answer.", _MODEL, buckets=SECONDS, registry=registry
+        )
+        self.queue_seconds = Histogram(
+            "slipstream_queue_seconds", "Admission to dispatch.", _MODEL, buckets=SECONDS, registry=registry
+        )
+        self.queue_rows = Gauge("slipstream_queue_rows", "Rows that wait now.", _MODEL, registry=registry)
+        self.model_ready = Gauge("slipstream_model_ready", "1 while the model serves.", _MODEL, registry=registry)
+        self.lane_up = Gauge("slipstream_lane_up", "1 while the lane takes work.", _LANE, registry=registry)
+        self.batch_rows = Histogram(
+            "slipstream_batch_rows", "Rows per executed batch.", _LANE, buckets=ROWS, registry=registry
+        )
+        self.compute_seconds = Histogram(
+            "slipstream_compute_seconds", "Run time per batch.", _LANE, buckets=SECONDS, registry=registry
+        )
+
+    def text(self) -> bytes:
+        """Render all metrics in Prometheus' text format."""
+        return generate_latest(self.registry)
+
+
+class ModelMetrics:
+    """The metrics of one model version with their labels already bound, for the hot path.
+
+    Called on the event loop only.
+    """
+
+    def __init__(self, metrics: Metrics, model: str, version: str) -> None:
+        self._metrics, self._labels = metrics, (model, version)
+        self._request_seconds = metrics.request_seconds.labels(model, version)
+        self._queue_seconds = metrics.queue_seconds.labels(model, version)
+        self._queue_rows = metrics.queue_rows.labels(model, version)
+        self._ready = metrics.model_ready.labels(model, version)
+        self._results: dict[str, Counter] = {}
+        self._lanes: dict[tuple[str, str], tuple[Histogram, Histogram]] = {}
+
+    def request_finished(self, code: str, seconds: float) -> None:
+        """Count one answer: ``ok`` or an error's code, and its time since arrival."""
+        result = self._results.get(code)
+        if result is None:
+            result = self._results[code] = self._metrics.requests.labels(*self._labels, code)
+        result.inc()
+        self._request_seconds.observe(seconds)
+
+    def dispatched(self, queue_s: float) -> None:
+        """Record how long one request waited."""
+        self._queue_seconds.observe(queue_s)
+
+    def batch_finished(self, variant: str, device: str, rows: int, compute_s: float) -> None:
+        """Record one executed batch."""
+        lane = self._lanes.get((variant, device))
+        if lane is None:
+            labels = (*self._labels, variant, device)
+            lane = (self._metrics.batch_rows.labels(*labels), self._metrics.compute_seconds.labels(*labels))
+            self._lanes[variant, device] = lane
+        lane[0].observe(rows)
+        lane[1].observe(compute_s)
+
+    def queue_rows(self, rows: int) -> None:
+        """Set the number of waiting rows."""
+        self._queue_rows.set(rows)
+
+    def ready(self, is_ready: bool) -> None:
+        """Set whether the model serves."""
+        self._ready.set(is_ready)
+
+    def lane_up(self, variant: str, device: str, is_up: bool) -> None:
+        """Set whether a lane takes work."""
+        self._metrics.lane_up.labels(*self._labels, variant, device).set(is_up)

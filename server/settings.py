@@ -1,0 +1,96 @@
+"""Every setting of the server in one frozen value; the only reader of the environment."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import msgspec
+
+from server.errors import StartupError
+
+PREFIX = "SLIPSTREAM_"
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """What the server was told.
+
+    Attributes:
+        repository: Folder of models.
+        host: Address to listen on.
+        port: TCP port; 0 picks a free one.
+        gpu: ``prefer`` serves on the GPU where it really works and on the CPU otherwise, and says so; ``require``
+            refuses to become ready without it; ``off`` never looks.
+        cpu_instances: Lanes of the preferred CPU variant; 0 means one per usable core.
+        max_queue_rows: Rows that may wait per model before requests are refused with 429.
+        max_queue_delay_s: Seconds that an idle lane may wait for a fuller batch; 0 dispatches at once.
+        default_timeout_s: Deadline of requests that name none; 0 means no deadline.
+        max_body_bytes: Largest request body, also after decompression.
+        shutdown_grace_s: Seconds between the moment ``ready`` turns 503 and the moment the listening socket closes.
+        drain_timeout_s: Seconds that queued work may take after that.
+        log_format: ``plain`` or ``json``.
+        log_level: Name of a logging level.
+        server_name: Reported by ``GET /v2``; set it to ``triton`` for clients that insist.
+    """
+
+    repository: Path = Path("models")
+    host: str = "127.0.0.1"
+    port: int = 8000
+    gpu: str = "prefer"
+    cpu_instances: int = 0
+    max_queue_rows: int = 1024
+    max_queue_delay_s: float = 0.0
+    default_timeout_s: float = 0.0
+    max_body_bytes: int = 64 * 1024 * 1024
+    shutdown_grace_s: float = 0.5
+    drain_timeout_s: float = 30.0
+    log_format: str = "plain"
+    log_level: str = "INFO"
+    server_name: str = "slipstream"
+
+    def __post_init__(self) -> None:
+        _require(self.gpu in ("prefer", "require", "off"), "gpu", self.gpu, "prefer, require or off")
+        _require(self.log_format in ("plain", "json"), "log_format", self.log_format, "plain or json")
+        _require(0 <= self.port < 65536, "port", self.port, "0 to 65535")
+        _require(self.cpu_instances >= 0, "cpu_instances", self.cpu_instances, "0 or more")
+        _require(self.max_queue_rows > 0, "max_queue_rows", self.max_queue_rows, "1 or more")
+        _require(self.max_body_bytes > 0, "max_body_bytes", self.max_body_bytes, "1 or more")
+        for name in ("max_queue_delay_s", "default_timeout_s", "shutdown_grace_s", "drain_timeout_s"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more seconds")
+
+
+def read_settings(overrides: Mapping[str, object], environment: Mapping[str, str] | None = None) -> Settings:
+    """Join defaults, ``SLIPSTREAM_*`` variables and command-line overrides, the later ones winning.
+
+    Args:
+        overrides: Field -> value; a value of ``None`` means not given.
+        environment: Variables to read; the process environment by default.
+
+    Raises:
+        StartupError: If a variable is unknown, or if a value is of the wrong type or out of its range.
+    """
+    environment = os.environ if environment is None else environment
+    fields = {field.name for field in msgspec.structs.fields(Settings)}
+    given: dict[str, object] = {}
+    for key, value in environment.items():
+        if key.startswith(PREFIX):
+            field = key.removeprefix(PREFIX).lower()
+            if field not in fields:
+                known = sorted(PREFIX + name.upper() for name in fields)
+                raise StartupError(f"unknown environment variable {key}; known are {', '.join(known)}")
+            given[field] = value
+    given.update({key: value for key, value in overrides.items() if value is not None})
+    try:
+        return msgspec.convert(given, Settings, strict=False, dec_hook=_decode)
+    except msgspec.ValidationError as exc:
+        raise StartupError(f"invalid settings: {exc}") from exc
+
+
+def _decode(kind: type, value: object) -> object:
+    if kind is Path:
+        return Path(str(value))
+    raise NotImplementedError(kind)
+
+
+def _require(holds: bool, name: str, seen: object, allowed: str) -> None:
+    if not holds:
+        raise ValueError(f"{name} is {seen!r}; allowed: {allowed}")

@@ -1,0 +1,265 @@
+"""Routing policy: which idle lane takes the oldest waiting work, and when a new request would be answered.
+
+Pure: lanes are described by ``LaneState`` values that the scheduler keeps up to date; ``now`` is an argument.
+
+- A request that pins a variant goes only to lanes of that variant; any other goes to every lane.
+- Among those lanes the first one's variant and device are *preferred*: an idle preferred lane takes work at once. Any
+  other lane is slower by the order it was given in; it takes work only when it is predicted to finish it sooner than
+  the preferred lanes would. Without latency tables there is no prediction, and slower lanes take only pinned work.
+- Work that nobody pinned never keeps more threads of one device busy than there are cores. Pinned work is exempt and
+  is not counted, so that neither kind can starve the other.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import msgspec
+
+from server.artifact import LatencyTable
+from server.batching import BatchLimits, Pending, RequestQueue
+from server.errors import DeadlineUnmeetable, QueueFull, Refused
+from server.tensors import Array, Tensors
+
+_RETRY_UNKNOWN_S = 1.0
+
+
+class Runner(Protocol):
+    """What a lane runs its batches with."""
+
+    def run(self, inputs: Tensors) -> dict[str, Array]:
+        """Run one batch; called from the lane's thread, or on the loop for a tiny model."""
+        ...
+
+
+class LaneSpec(msgspec.Struct, frozen=True):
+    """A variant on a device with its worker.
+
+    Attributes:
+        variant: Name of the variant, by which clients pin.
+        device: Where it runs, e.g. ``cpu`` or ``cuda:0``.
+        runner: The opened session.
+        latency: Run time per batch size, measured on this host; ``None`` when never measured.
+        threads: Cores that one run keeps busy; 0 means all.
+    """
+
+    variant: str
+    device: str
+    runner: Runner
+    latency: LatencyTable | None
+    threads: int
+
+
+class LaneState(msgspec.Struct, eq=False):
+    """What routing knows of one lane.
+
+    Attributes:
+        variant: The variant it runs.
+        device: Where it runs.
+        latency: Measured run times; ``None`` when never measured.
+        threads: Cores that a run keeps busy, at least 1.
+        max_rows: Rows that it takes at most in one batch (a larger single request excepted).
+        busy: Whether a batch runs.
+        pinned: Whether that batch was pinned to the variant.
+        busy_until_s: When that batch is predicted to end; meaningless without ``latency``.
+    """
+
+    variant: str
+    device: str
+    latency: LatencyTable | None
+    threads: int
+    max_rows: int
+    busy: bool = False
+    pinned: bool = False
+    busy_until_s: float = 0.0
+
+    def start(self, rows: int, pinned: bool, now: float) -> None:
+        """Note that a batch starts."""
+        self.busy, self.pinned = True, pinned
+        self.busy_until_s = now + self.run_s(rows)
+
+    def run_s(self, rows: int) -> float:
+        """Predict the run time of a batch in seconds; 0 without a latency table."""
+        return self.latency.predict_s(rows) if self.latency is not None else 0.0
+
+    def free_at(self, now: float) -> float:
+        """Predict when the lane is idle. An overdue batch is expected to be late by as much again."""
+        return now + abs(self.busy_until_s - now) if self.busy else now
+
+
+class Route(msgspec.Struct, frozen=True, eq=False):
+    """The lanes of one kind of work.
+
+    Attributes:
+        pin: The pinned variant; empty for work that nobody pinned.
+        preferred: Lanes that take it whenever they are idle.
+        slower: Lanes that take it when they are predicted to finish it sooner.
+        rivals: Pins whose waiting work shares the preferred lanes, the route's own included.
+    """
+
+    pin: str
+    preferred: tuple[LaneState, ...]
+    slower: tuple[LaneState, ...]
+    rivals: tuple[str, ...]
+
+
+def state_of(spec: LaneSpec, limits: BatchLimits, cores: int) -> LaneState:
+    """Return the state of an idle lane; its batches reach its measured best size within the model's limit."""
+    max_rows = limits.max_rows if limits.batchable else 1
+    if spec.latency is not None:
+        max_rows = min(spec.latency.best_rows(), max_rows)
+    return LaneState(spec.variant, spec.device, spec.latency, spec.threads or cores, max_rows)
+
+
+def routes_of(lanes: Sequence[LaneState]) -> dict[str, Route]:
+    """Return a route for every variant and one, under the empty name, for work that nobody pinned."""
+    pins = ["", *dict.fromkeys(lane.variant for lane in lanes)]
+    return {pin: _route_of(pin, lanes) for pin in pins}
+
+
+def _route_of(pin: str, lanes: Sequence[LaneState]) -> Route:
+    usable = [lane for lane in lanes if pin in ("", lane.variant)]
+    first = usable[0]
+    preferred = tuple(lane for lane in usable if (lane.variant, lane.device) == (first.variant, first.device))
+    slower = tuple(lane for lane in usable if lane not in preferred)
+    leading = lanes[0].variant
+    rivals = ("", leading) if pin in ("", leading) else (pin,)
+    return Route(pin, preferred, slower, rivals)
+
+
+def may_take(lane: LaneState, route: Route, queue: RequestQueue[Any], now: float, cores: int) -> bool:
+    """Whether an idle lane may take the oldest work of a route now.
+
+    Args:
+        lane: An idle lane of the route.
+        route: The route of the work.
+        queue: The work, at least one request.
+        now: The time.
+        cores: Cores that work without a pin may keep busy on one device.
+    """
+    if not route.pin and not _has_core(lane, route, cores):
+        return False
+    if lane in route.preferred:
+        return True
+    if lane.latency is None or not all(other.busy and other.latency is not None for other in route.preferred):
+        return False
+    rows = max(queue.oldest[0].rows, min(queue.rows, lane.max_rows))
+    return now + lane.run_s(rows) < min(other.free_at(now) + other.run_s(rows) for other in route.preferred)
+
+
+def _has_core(lane: LaneState, route: Route, cores: int) -> bool:
+    busy = 0
+    for lanes in (route.preferred, route.slower):
+        for other in lanes:
+            if other.busy and not other.pinned and other.device == lane.device:
+                busy += other.threads
+    # A lane of more threads than cores must be able to run when it is alone.
+    return busy == 0 or busy + lane.threads <= cores
+
+
+def choose(
+    lane: LaneState, routes: Mapping[str, Route], queues: Mapping[str, RequestQueue[Any]], now: float, cores: int
+) -> str | None:
+    """Return the pin of the queue from which an idle lane takes now, the oldest request first; ``None`` for none."""
+    chosen, oldest_s = None, float("inf")
+    for pin in ("", lane.variant):
+        queue = queues[pin]
+        if queue.rows:
+            arrival_s = queue.oldest[0].arrival_s
+            if arrival_s < oldest_s and may_take(lane, routes[pin], queue, now, cores):
+                chosen, oldest_s = pin, arrival_s
+    return chosen
+
+
+def refusal(
+    pending: Pending[Any],
+    routes: Mapping[str, Route],
+    queues: Mapping[str, RequestQueue[Any]],
+    limits: BatchLimits,
+    now: float,
+    cores: int,
+) -> Refused | None:
+    """Return why a request must not be admitted now, or ``None`` when it may wait.
+
+    The queue's limit counts the rows of all pins together. A deadline refuses only on a prediction.
+    """
+    route = routes[pending.request.variant]
+    waiting_rows = sum(queue.rows for queue in queues.values())
+    if waiting_rows and waiting_rows + pending.rows > limits.max_queue_rows:
+        drained_s = predict_completion(route, waiting_rows, 0, now, cores)
+        return QueueFull(
+            f"{waiting_rows} rows wait and the request has {pending.rows}; the queue holds "
+            f"{limits.max_queue_rows}: retry later or add a replica",
+            _RETRY_UNKNOWN_S if drained_s is None else drained_s - now,
+        )
+    if pending.deadline_s is None:
+        return None
+    backlog_rows = sum(queues[pin].rows for pin in route.rivals)
+    done_s = predict_completion(route, backlog_rows, pending.rows, now, cores)
+    if done_s is None or done_s <= pending.deadline_s:
+        return None
+    return DeadlineUnmeetable(
+        f"the answer is predicted in {(done_s - now) * 1e3:.1f} ms, the timeout is "
+        f"{(pending.deadline_s - now) * 1e3:.1f} ms: retry later or allow more time",
+        done_s - now,
+    )
+
+
+def predict_completion(route: Route, backlog_rows: int, rows: int, now: float, cores: int) -> float | None:
+    """Predict when a request would be answered that arrives now behind a backlog.
+
+    The backlog is dealt to the route's lanes batch by batch, each to the lane that would finish it first (list
+    scheduling), in batches as large as each lane takes.
+
+    Args:
+        route: The route of the request.
+        backlog_rows: Rows that wait ahead of it on the same lanes.
+        rows: Its own rows; 0 asks when the backlog is done.
+        now: The time.
+        cores: Cores that work without a pin may keep busy on one device.
+
+    Returns:
+        The time of completion, or ``None`` when a preferred lane was never measured.
+    """
+    lanes = _parallel(route, cores)
+    if not lanes:
+        return None
+    skipped_s, left = _skip_waves(lanes, backlog_rows)
+    free_s = [lane.free_at(now) + skipped_s for lane in lanes]
+    while True:
+        sizes = [_batch_size(left, rows, lane.max_rows) for lane in lanes]
+        ends = [at + lane.run_s(size) for at, lane, size in zip(free_s, lanes, sizes, strict=True)]
+        first = ends.index(min(ends))
+        if sizes[first] == left + rows:
+            return ends[first]
+        free_s[first] = ends[first]
+        left -= sizes[first]
+
+
+def _skip_waves(lanes: Sequence[LaneState], backlog_rows: int) -> tuple[float, int]:
+    """Return the time that all lanes together need for all but the last few batches, and the rows of those.
+
+    It keeps the cost of a prediction from growing with the backlog.
+    """
+    wave = sum(lane.max_rows for lane in lanes)
+    if backlog_rows <= 8 * wave:
+        return 0.0, backlog_rows
+    rows_per_s = sum(lane.max_rows / max(lane.run_s(lane.max_rows), 1e-9) for lane in lanes)
+    return (backlog_rows - 4 * wave) / rows_per_s, 4 * wave
+
+
+def _batch_size(left: int, rows: int, max_rows: int) -> int:
+    return left + rows if left + rows <= max_rows or not left else min(left, max_rows)
+
+
+def _parallel(route: Route, cores: int) -> list[LaneState]:
+    """Return the lanes that can run this work at the same time, in order; none when there is no prediction."""
+    if any(lane.latency is None for lane in route.preferred):
+        return []
+    lanes: list[LaneState] = []
+    busy: dict[str, int] = {}
+    for lane in (*route.preferred, *route.slower):
+        threads = busy.get(lane.device, 0) + lane.threads
+        if lane.latency is not None and (route.pin or lane.device not in busy or threads <= cores):
+            busy[lane.device] = threads
+            lanes.append(lane)
+    return lanes

@@ -1,0 +1,242 @@
+"""Routing policy: which lane takes what, and what admission predicts."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from server.artifact import LatencyTable
+from server.batching import BatchLimits, Pending, RequestQueue, pending_of
+from server.errors import DeadlineUnmeetable, QueueFull
+from server.routing import LaneSpec, LaneState, choose, may_take, predict_completion, refusal, routes_of, state_of
+from server.tensors import InferRequest
+from tests.server.test_batching import Answer
+
+LIMITS = BatchLimits(batchable=True, max_rows=8, max_queue_rows=64, max_queue_delay_s=0.0, default_timeout_s=0.0)
+
+
+def table(*ms: float, rows: tuple[int, ...] = (1, 8)) -> LatencyTable:
+    times = ms if len(ms) == len(rows) else ms * len(rows)
+    return LatencyTable(rows, times, times, times, times)
+
+
+def lane(
+    variant: str = "int8", device: str = "cpu", ms: float | None = 10.0, threads: int = 1, max_rows: int = 8
+) -> LaneState:
+    """A lane whose runs take the same time whatever their size."""
+    return LaneState(variant, device, None if ms is None else table(ms), threads, max_rows)
+
+
+def queues(**waiting: list[tuple[int, float]]) -> dict[str, RequestQueue[Answer]]:
+    """Queues by pin ("any" = no pin) that hold requests of (rows, arrival)."""
+    made: dict[str, RequestQueue[Answer]] = {pin: RequestQueue() for pin in ("", "int8", "fp32")}
+    for name, requests in waiting.items():
+        pin = "" if name == "any" else name
+        for rows, arrival_s in requests:
+            made[pin].append(request_of(rows, arrival_s, pin))
+    return made
+
+
+def request_of(rows: int, arrival_s: float, pin: str = "", timeout_s: float | None = None) -> Pending[Answer]:
+    request = InferRequest({"x": np.zeros((rows, 1))}, variant=pin, timeout_s=timeout_s)
+    return pending_of(request, True, arrival_s, 0.0, Answer())
+
+
+class NoRunner:
+    def run(self, inputs):
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize(
+    ("latency", "batchable", "max_rows"),
+    [
+        (None, True, 8),
+        (None, False, 1),
+        (table(1.0, 2.0, 4.0, rows=(1, 4, 8)), True, 4),
+        (table(1.0, 1.0, 1.0, rows=(1, 4, 32)), True, 8),
+        (table(1.0, 1.0, 1.0, rows=(1, 4, 32)), False, 1),
+    ],
+    ids=["unmeasured", "unmeasured alone", "best size", "limit", "alone"],
+)
+def test_a_lane_batches_up_to_its_best_measured_size_within_the_limit(latency, batchable, max_rows):
+    limits = BatchLimits(batchable, 8, 64, 0.0, 0.0)
+    assert state_of(LaneSpec("v", "cpu", NoRunner(), latency, 1), limits, 2).max_rows == max_rows
+
+
+def test_a_lane_of_all_threads_occupies_all_cores():
+    assert state_of(LaneSpec("v", "cpu", NoRunner(), None, 0), LIMITS, 6).threads == 6
+
+
+def test_pinned_work_goes_only_to_lanes_of_its_variant():
+    int8, fp32 = lane("int8"), lane("fp32")
+    routes, waiting = routes_of([int8, fp32]), queues(fp32=[(1, 0.0)])
+    assert choose(int8, routes, waiting, 1.0, 2) is None
+    assert choose(fp32, routes, waiting, 1.0, 2) == "fp32"
+
+
+def test_the_oldest_request_decides_between_pinned_and_other_work():
+    int8 = lane("int8")
+    routes = routes_of([int8, lane("fp32")])
+    assert choose(int8, routes, queues(any=[(1, 0.0)], int8=[(1, 1.0)]), 2.0, 2) == ""
+    assert choose(int8, routes, queues(any=[(1, 1.0)], int8=[(1, 0.0)]), 2.0, 2) == "int8"
+
+
+def test_an_idle_lane_with_an_empty_queue_takes_nothing():
+    int8 = lane("int8")
+    assert choose(int8, routes_of([int8, lane("fp32")]), queues(), 0.0, 2) is None
+
+
+@pytest.mark.parametrize(
+    ("slow_ms", "busy_for_s", "takes"),
+    [(25.0, 0.020, True), (35.0, 0.020, False), (35.0, 0.030, True)],
+    ids=["sooner", "later", "sooner because the fast one is busy for longer"],
+)
+def test_a_slower_lane_takes_work_only_when_it_finishes_it_sooner(slow_ms, busy_for_s, takes):
+    fast, slow = lane("fp16", "cuda:0", 10.0), lane("int8", "cpu", slow_ms)
+    route = routes_of([fast, slow])[""]
+    fast.busy, fast.busy_until_s = True, 100.0 + busy_for_s
+    assert may_take(slow, route, queues(any=[(1, 0.0)])[""], 100.0, 2) is takes
+
+
+def test_a_slower_lane_leaves_work_to_an_idle_fast_lane():
+    fast, slow = lane("fp16", "cuda:0", 10.0), lane("int8", "cpu", 1.0)
+    assert not may_take(slow, routes_of([fast, slow])[""], queues(any=[(1, 0.0)])[""], 0.0, 2)
+
+
+@pytest.mark.parametrize("fast_ms", [None, 10.0])
+def test_without_a_prediction_a_slower_lane_takes_only_pinned_work(fast_ms):
+    fast, slow = lane("fp32", "cuda:0", fast_ms), lane("int8", "cpu", None)
+    routes = routes_of([fast, slow])
+    fast.start(1, False, 0.0)
+    assert choose(slow, routes, queues(any=[(1, 0.0)]), 5.0, 2) is None
+    assert choose(slow, routes, queues(any=[(1, 0.0)], int8=[(1, 1.0)]), 5.0, 2) == "int8"
+
+
+def test_an_overdue_fast_lane_is_expected_to_be_late_by_as_much_again():
+    fast, slow = lane("fp16", "cuda:0", 10.0), lane("int8", "cpu", 40.0)
+    route, waiting = routes_of([fast, slow])[""], queues(any=[(1, 0.0)])[""]
+    fast.start(1, False, 100.0)
+    assert not may_take(slow, route, waiting, 100.015, 2)
+    assert may_take(slow, route, waiting, 100.050, 2)
+
+
+def test_work_without_a_pin_never_keeps_more_threads_busy_than_cores():
+    first, second, third = lane("int8"), lane("int8"), lane("int8", "cuda:0")
+    route, waiting = routes_of([first, second])[""], queues(any=[(1, 0.0)])[""]
+    first.start(1, False, 0.0)
+    assert may_take(second, route, waiting, 0.0, 2)
+    assert not may_take(second, route, waiting, 0.0, 1)
+    elsewhere = routes_of([third, second])[""]
+    third.start(1, False, 0.0)
+    second.latency = table(1.0)
+    assert may_take(second, elsewhere, waiting, 0.0, 1), "another device has cores of its own"
+
+
+def test_pinned_work_neither_starves_nor_is_counted():
+    int8, fp32 = lane("int8"), lane("fp32")
+    routes = routes_of([int8, fp32])
+    int8.start(1, False, 0.0)
+    assert choose(fp32, routes, queues(fp32=[(1, 0.0)]), 0.0, 1) == "fp32"
+    int8.busy = False
+    fp32.start(1, True, 0.0)
+    assert choose(int8, routes, queues(any=[(1, 0.0)]), 0.0, 1) == ""
+
+
+def test_a_lane_of_more_threads_than_cores_runs_when_it_is_alone():
+    wide = lane("int8", threads=4)
+    assert may_take(wide, routes_of([wide])[""], queues(any=[(1, 0.0)])[""], 0.0, 2)
+
+
+def test_pinned_work_prefers_the_first_device_of_its_variant():
+    gpu, cpu = lane("fp32", "cuda:0", 1.0), lane("fp32", "cpu", 50.0)
+    routes, waiting = routes_of([gpu, cpu]), queues(fp32=[(1, 0.0)])
+    gpu.start(1, True, 0.0)
+    assert choose(cpu, routes, waiting, 0.0, 2) is None
+    assert choose(gpu, routes, waiting, 0.0, 2) == "fp32"
+
+
+@pytest.mark.parametrize(
+    ("backlog", "rows", "expected_ms"),
+    [(0, 1, 10), (0, 20, 10), (7, 1, 10), (8, 1, 20), (7, 2, 20), (16, 1, 30), (16, 0, 20)],
+)
+def test_one_idle_lane_finishes_after_its_backlog(backlog, rows, expected_ms):
+    route = routes_of([lane()])[""]
+    assert predict_completion(route, backlog, rows, 5.0, 2) == pytest.approx(5.0 + expected_ms / 1e3)
+
+
+def test_lanes_work_off_a_backlog_in_parallel():
+    pair = [lane(), lane()]
+    assert predict_completion(routes_of(pair)[""], 8, 1, 0.0, 2) == pytest.approx(0.010)
+    assert predict_completion(routes_of(pair)[""], 16, 1, 0.0, 2) == pytest.approx(0.020)
+    assert predict_completion(routes_of(pair)[""], 8, 1, 0.0, 1) == pytest.approx(0.020), "one core, one lane"
+
+
+def test_a_running_batch_counts():
+    only = lane()
+    only.start(8, False, 0.0)
+    assert predict_completion(routes_of([only])[""], 0, 1, 0.004, 2) == pytest.approx(0.020)
+
+
+def test_a_slower_lane_shortens_the_prediction_only_for_what_it_would_take():
+    fast, slow = lane("fp16", "cuda:0", 10.0), lane("int8", "cpu", 25.0)
+    route = routes_of([fast, slow])[""]
+    assert predict_completion(route, 8, 8, 0.0, 2) == pytest.approx(0.020)
+    assert predict_completion(route, 16, 8, 0.0, 2) == pytest.approx(0.025)
+
+
+def test_an_unmeasured_model_has_no_prediction():
+    assert predict_completion(routes_of([lane(ms=None)])[""], 0, 1, 0.0, 2) is None
+
+
+@given(st.integers(0, 20_000), st.integers(1, 16), st.lists(st.floats(1.0, 50.0), min_size=1, max_size=3))
+def test_prediction_grows_with_the_backlog_and_stays_near_the_lanes_throughput(backlog, rows, times_ms):
+    lanes = [lane(ms=ms) for ms in times_ms]
+    route = routes_of(lanes)[""]
+    seen = predict_completion(route, backlog, rows, 0.0, len(lanes))
+    more = predict_completion(route, backlog + 64 * len(lanes), rows, 0.0, len(lanes))
+    rows_per_s = sum(8 / (ms / 1e3) for ms in times_ms)
+    assert seen is not None
+    assert more is not None
+    assert seen < more
+    assert backlog / rows_per_s - 0.1 <= seen <= backlog / rows_per_s + 3 * max(times_ms) / 1e3
+
+
+def test_a_full_queue_refuses_with_the_predicted_drain_time():
+    lanes = [lane(), lane("fp32")]
+    waiting = queues(any=[(60, 0.0)], fp32=[(4, 0.0)])
+    refused = refusal(request_of(1, 0.0), routes_of(lanes), waiting, LIMITS, 0.0, 1)
+    assert isinstance(refused, QueueFull)
+    assert refused.retry_after_s == pytest.approx(0.080)
+    assert "64 rows wait" in str(refused)
+
+
+def test_a_full_queue_of_unknown_speed_asks_for_at_least_a_second():
+    waiting = queues(any=[(64, 0.0)])
+    refused = refusal(request_of(1, 0.0), routes_of([lane(ms=None)]), waiting, LIMITS, 0.0, 1)
+    assert isinstance(refused, QueueFull)
+    assert refused.retry_after_s >= 1.0
+
+
+def test_a_request_larger_than_the_queue_is_taken_when_nothing_waits():
+    assert refusal(request_of(100, 0.0), routes_of([lane()]), queues(), LIMITS, 0.0, 1) is None
+
+
+def test_a_deadline_before_the_predicted_completion_is_refused():
+    routes, waiting = routes_of([lane()]), queues(any=[(8, 0.0)])
+    assert refusal(request_of(1, 0.0, timeout_s=0.021), routes, waiting, LIMITS, 0.0, 1) is None
+    refused = refusal(request_of(1, 0.0, timeout_s=0.019), routes, waiting, LIMITS, 0.0, 1)
+    assert isinstance(refused, DeadlineUnmeetable)
+    assert refused.retry_after_s == pytest.approx(0.020)
+    assert "predicted in 20.0 ms, the timeout is 19.0 ms" in str(refused)
+
+
+def test_a_deadline_of_an_unmeasured_model_is_admitted():
+    waiting = queues(any=[(8, 0.0)])
+    assert refusal(request_of(1, 0.0, timeout_s=1e-6), routes_of([lane(ms=None)]), waiting, LIMITS, 0.0, 1) is None
+
+
+def test_work_pinned_to_another_variant_is_no_backlog():
+    lanes = [lane("int8"), lane("fp32")]
+    waiting = queues(fp32=[(32, 0.0)])
+    assert refusal(request_of(1, 0.0, timeout_s=0.011), routes_of(lanes), waiting, LIMITS, 0.0, 1) is None
+    assert refusal(request_of(1, 0.0, "fp32", 0.011), routes_of(lanes), waiting, LIMITS, 0.0, 1) is not None

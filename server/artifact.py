@@ -5,7 +5,8 @@
     models/<name>/<version>/
       manifest.json               a ``Manifest``; written last, so a folder without it is not finished
       <variant>/model.onnx        or model.plan
-      golden.npz                  a few inputs and the original's outputs: ``input/<name>`` and ``output/<name>``
+      golden.npz                  a few inputs and the original's outputs: ``input/<name>`` and ``output/<name>``;
+                                  text as numpy's fixed-length bytes
       report.json  report.html    what was tried, kept, refused, and why
 
 A folder ``<name>/<version>/`` may instead hold a plain ``model.onnx`` without a manifest; it is served as it is and
@@ -13,6 +14,8 @@ marked *unoptimized*. Times are milliseconds in the file (``_ms``) and seconds i
 """
 
 import hashlib
+import zipfile
+import zlib
 from bisect import bisect_left
 from pathlib import Path
 
@@ -69,6 +72,12 @@ class LatencyTable(msgspec.Struct, frozen=True):
     p99_ms: tuple[float, ...]
     low_ms: tuple[float, ...]
     high_ms: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if {len(column) for column in (self.p50_ms, self.p99_ms, self.low_ms, self.high_ms)} != {len(self.rows)}:
+            raise ValueError("a latency table needs one time per batch size in every column")
+        if not self.rows or list(self.rows) != sorted(set(self.rows)) or self.rows[0] < 1:
+            raise ValueError(f"batch sizes are {list(self.rows)}; they must ascend from 1 or more")
 
     def predict_s(self, rows: int) -> float:
         """Predict the run time in seconds of a batch, linear between measured sizes and beyond the last one."""
@@ -222,7 +231,7 @@ def read_artifact(folder: Path) -> Artifact:
 
     Raises:
         ArtifactError: If the manifest is missing, unreadable or of another format, if it disagrees with the folder's
-            name, or if a file is missing or its digest differs.
+            name, if two variants have one name, or if a file is missing, lies outside, or differs from its digest.
     """
     name, version = folder.parent.name, folder.name
     if not (folder / MANIFEST).is_file():
@@ -235,6 +244,9 @@ def read_artifact(folder: Path) -> Artifact:
             f"{folder / MANIFEST} describes {manifest.name}/{manifest.version}; "
             f"move the folder to that place or optimize again under the name {name}"
         )
+    names = [variant.name for variant in manifest.variants]
+    if len(set(names)) != len(names):
+        raise ArtifactError(f"{folder / MANIFEST} names its variants {names}; each name may occur once")
     for variant in manifest.variants:
         _check_digest(folder, variant.file, variant.sha256)
     if manifest.golden_sha256:
@@ -248,14 +260,19 @@ def read_golden(folder: Path) -> Golden:
     Raises:
         ArtifactError: If it is missing or not such a file.
     """
+    path = folder / GOLDEN
+    kinds: dict[str, dict[str, Array]] = {"input": {}, "output": {}}
     try:
-        with np.load(folder / GOLDEN, allow_pickle=False) as arrays:
-            kinds: dict[str, dict[str, Array]] = {"input": {}, "output": {}}
+        with path.open("rb") as file, np.lib.npyio.NpzFile(file, allow_pickle=False) as arrays:
             for key in arrays.files:
                 kind, _, name = key.partition("/")
-                kinds[kind][name] = arrays[key]
-    except (OSError, ValueError, KeyError) as exc:
-        raise ArtifactError(f"cannot read {folder / GOLDEN}: {exc}") from exc
+                if kind not in kinds:
+                    raise ArtifactError(f"{path} holds {key}; keys are input/<name> and output/<name>")
+                array = arrays[key]
+                # Text is stored as fixed-length bytes, because arrays of objects would need pickle.
+                kinds[kind][name] = array.astype(np.object_) if array.dtype.kind == "S" else array
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as exc:
+        raise ArtifactError(f"cannot read {path}: {exc}") from exc
     return Golden(kinds["input"], kinds["output"])
 
 

@@ -1,0 +1,158 @@
+"""One model version in service: its variants opened on the devices that are there, and its scheduler.
+
+Free of HTTP: a request comes as an ``InferRequest`` and leaves as an ``InferResponse``.
+"""
+
+import logging
+from typing import Any, Literal
+
+from server.artifact import Artifact
+from server.batching import BatchLimits
+from server.errors import ModelNotReady
+from server.lanes import Lanes
+from server.metrics import Metrics, ModelMetrics
+from server.providers import Device, usable_cores
+from server.scheduler import Scheduler
+from server.session import MEASURED_ROWS, check_text
+from server.settings import Settings
+from server.tensors import InferRequest, InferResponse, TensorSpec
+
+logger = logging.getLogger(__name__)
+
+State = Literal["loading", "ready", "failed", "draining"]
+
+
+class Model:
+    """One model version.
+
+    ``load`` it in any thread, ``start`` it on the event loop, and from then on call it on that loop only.
+
+    Attributes:
+        name: Name under which it is served.
+        version: Its version, a number in decimal.
+        signature: Its inputs and outputs.
+        state: ``loading`` until ``start``, then ``ready``, then ``draining``.
+        unoptimized: Whether it is a plain model that no optimizer has proven.
+        variants: Names of the variants in service, the preferred one first.
+        refused: Variant -> why it is not served on this host.
+    """
+
+    def __init__(self, artifact: Artifact, lanes: Lanes, limits: BatchLimits, metrics: Metrics) -> None:
+        self.name, self.version = artifact.name, artifact.version
+        self.signature = lanes.signature
+        self.state: State = "loading"
+        self.unoptimized = artifact.manifest is None
+        self.variants = tuple(dict.fromkeys(lane.variant for lane in lanes.specs))
+        self.refused = lanes.refused
+        self._lanes, self._limits = lanes, limits
+        self._metrics = ModelMetrics(metrics, self.name, self.version)
+        self._scheduler: Scheduler | None = None
+        self._takes_text = any(spec.datatype == "BYTES" for spec in self.signature.inputs)
+
+    @classmethod
+    def load(cls, artifact: Artifact, devices: tuple[Device, ...], settings: Settings, metrics: Metrics) -> "Model":
+        """Open every variant that can be served here, check it against the golden outputs, and warm it up.
+
+        Blocks; meant for a thread of its own. A variant that fails is left out with a warning and listed in
+        ``refused``.
+
+        Args:
+            artifact: What to serve.
+            devices: The devices that really work, the preferred one first.
+            settings: Lanes per CPU, queue limits, default timeout.
+            metrics: The process's metrics.
+
+        Raises:
+            StartupError: If no variant can be served; the message holds the reason of each. ``ArtifactError`` if
+                there are no golden outputs to check against.
+        """
+        lanes = Lanes(artifact, devices, settings.cpu_instances)
+        limits = BatchLimits(
+            batchable=lanes.batchable,
+            max_rows=artifact.manifest.batching.max_rows if artifact.manifest is not None else MEASURED_ROWS[-1],
+            max_queue_rows=settings.max_queue_rows,
+            max_queue_delay_s=settings.max_queue_delay_s,
+            default_timeout_s=settings.default_timeout_s,
+        )
+        logger.info(
+            "loaded %s/%s: lanes %s, batching %s%s",
+            artifact.name,
+            artifact.version,
+            ", ".join(f"{lane.variant} on {lane.device}" for lane in lanes.specs),
+            f"up to {limits.max_rows} rows" if limits.batchable else "off",
+            ", unoptimized" if artifact.manifest is None else "",
+        )
+        return cls(artifact, lanes, limits, metrics)
+
+    @property
+    def ready(self) -> bool:
+        """Whether it takes requests."""
+        return self.state == "ready"
+
+    def start(self) -> None:
+        """Start the lanes and become ready; on the event loop."""
+        self._scheduler = Scheduler(self._lanes.specs, self._limits, self._metrics, usable_cores())
+        self.state = "ready"
+        self._metrics.ready(True)
+
+    async def infer(self, request: InferRequest) -> InferResponse:
+        """Run one request, alone or in a batch with others.
+
+        Cancelling the call drops the request if its batch has not formed; a batch that runs is not stopped.
+
+        Raises:
+            SignatureMismatch: If the inputs or the wanted outputs do not fit the signature.
+            UnknownVariant: If the request pins a variant that is not in service.
+            QueueFull: If too many rows wait.
+            DeadlineUnmeetable: If the answer is predicted to come after the deadline.
+            DeadlineExpired: If the deadline passed in the queue.
+            InferenceFailed: If the session raised.
+            Draining: If the model is shutting down.
+            ModelNotReady: If it has not been started.
+        """
+        if self._scheduler is None:
+            raise ModelNotReady(f"model '{self.name}' version {self.version} is {self.state}")
+        self.signature.check(request.inputs)
+        self.signature.check_outputs(request.outputs)
+        if self._takes_text:
+            check_text(request.inputs)
+        done = await self._scheduler.submit(request)
+        outputs = done.outputs
+        if request.outputs:
+            outputs = {name: outputs[name] for name in request.outputs}
+        return InferResponse(
+            self.name,
+            self.version,
+            request.id,
+            outputs,
+            done.variant,
+            done.device,
+            done.batch_rows,
+            done.queue_s,
+            done.compute_s,
+        )
+
+    def metadata(self) -> dict[str, Any]:
+        """Return ``inputs`` and ``outputs`` as the protocol's model metadata spells them."""
+        return {
+            "inputs": [_metadata_of(spec) for spec in self.signature.inputs],
+            "outputs": [_metadata_of(spec) for spec in self.signature.outputs],
+        }
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Take no more requests and finish those that wait; return whether all were finished in ``timeout_s``."""
+        self.state = "draining"
+        self._metrics.ready(False)
+        return self._scheduler is None or await self._scheduler.drain(timeout_s)
+
+    def close(self) -> None:
+        """Stop the lanes and release the sessions; requests that still wait fail with ``Draining``."""
+        self.state = "draining"
+        self._metrics.ready(False)
+        if self._scheduler is not None:
+            self._scheduler.close()
+        self._lanes.close()
+
+
+def _metadata_of(spec: TensorSpec) -> dict[str, Any]:
+    return {"name": spec.name, "datatype": spec.datatype, "shape": spec.protocol_shape}

@@ -137,6 +137,8 @@ def test_pinned_work_neither_starves_nor_is_counted():
     routes = routes_of([int8, fp32])
     int8.start(1, False, 0.0)
     assert choose(fp32, routes, queues(fp32=[(1, 0.0)]), 0.0, 1) == "fp32"
+    another = lane("int8")
+    assert choose(another, routes_of([int8, another]), queues(int8=[(1, 0.0)]), 0.0, 1) == "int8"
     int8.busy = False
     fp32.start(1, True, 0.0)
     assert choose(int8, routes, queues(any=[(1, 0.0)]), 0.0, 1) == ""

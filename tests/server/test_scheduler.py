@@ -607,6 +607,14 @@ async def test_drain_finishes_what_was_admitted_and_refuses_the_rest(gate, opene
         check(future.result(), float(i))
 
 
+async def test_drain_ends_the_delay_of_a_waiting_batch(session, opened):
+    scheduler = opened(lane(session), max_queue_delay_s=1000.0)
+    future = scheduler.submit(request_of(1.0))
+    await asyncio.sleep(0)
+    assert await scheduler.drain(PATIENCE_S)
+    check(future.result(), 1.0)
+
+
 async def test_drain_of_an_idle_scheduler_returns_at_once(session, opened):
     assert await opened(lane(session)).drain(0.0)
 

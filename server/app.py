@@ -1,0 +1,191 @@
+"""The routes and the lifespan of the server as an ASGI application, and its one error form."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import orjson
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import Response
+from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
+
+from server.errors import Draining, ModelNotReady, RequestError, SlipstreamError
+from server.http import (
+    RETRY_UNAVAILABLE_S,
+    Answer,
+    answer_of,
+    error_answer,
+    internal_error,
+    method_not_allowed,
+    not_found,
+)
+from server.infer import InferBranch, infer_target
+from server.metrics import CONTENT_TYPE, Metrics
+from server.openapi import infer_paths
+from server.repository import Repository
+from server.settings import Settings
+
+# Only what works: clients act on this list.
+EXTENSIONS = ("binary_tensor_data",)
+PLATFORM = "onnxruntime_onnx"
+
+
+def create_app(settings: Settings, repository: Repository, metrics: Metrics) -> "Application":
+    """Make the application; its lifespan opens the repository in the background and closes it at the end."""
+    return Application(settings, repository, metrics)
+
+
+class Application(FastAPI):
+    """FastAPI for everything but the infer paths, which branch off ahead of its router.
+
+    Attributes:
+        repository: The models.
+        opening: The task that opens the repository; ``None`` before the lifespan starts.
+        draining: Set it when the server is about to stop: ``ready`` then answers 503 while requests are still served.
+    """
+
+    def __init__(self, settings: Settings, repository: Repository, metrics: Metrics) -> None:
+        super().__init__(
+            title=settings.server_name,
+            version=server_version(),
+            description="Open Inference Protocol v2 over HTTP, with JSON and binary tensors.",
+            lifespan=self._lifespan,
+            redirect_slashes=False,
+            redoc_url=None,
+        )
+        self.settings, self.repository, self.metrics = settings, repository, metrics
+        self.opening: asyncio.Task[None] | None = None
+        self.draining = False
+        self._infer = InferBranch(repository, metrics, settings.max_body_bytes)
+        self._add_routes()
+        for kind in (SlipstreamError, HTTPException, RequestValidationError, Exception):
+            self.add_exception_handler(kind, _on_error)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one ASGI scope."""
+        if scope["type"] == "http" and (target := infer_target(scope["path"])):
+            await self._infer(scope, receive, send, *target)
+        else:
+            await super().__call__(scope, receive, send)
+
+    def openapi(self) -> dict[str, Any]:
+        """Return the OpenAPI document: FastAPI's routes, and the infer paths with examples for the models now ready."""
+        document = super().openapi()
+        return {**document, "paths": {**infer_paths(self.repository), **document["paths"]}}
+
+    @contextlib.asynccontextmanager
+    async def _lifespan(self, _: FastAPI) -> AsyncIterator[None]:
+        self.opening = asyncio.create_task(self.repository.open())
+        try:
+            yield
+        finally:
+            self.opening.cancel()
+            await asyncio.wait({self.opening})
+            if not self.draining:  # else whoever set it has waited for the requests already
+                await self.repository.drain()
+            self.repository.close()
+
+    def _add_routes(self) -> None:
+        for path, endpoint, summary in (
+            ("/", self._index, "Where to go from here"),
+            ("/v2", self._server_metadata, "Server name, version and protocol extensions"),
+            ("/v2/health/live", self._live, "Whether the process answers"),
+            ("/v2/health/ready", self._ready, "Whether every model is ready and the server is not stopping"),
+            ("/v2/models/{name}", self._model, "Inputs, outputs and versions of a model"),
+            ("/v2/models/{name}/versions/{version}", self._model_version, "Inputs and outputs of a version"),
+            ("/v2/models/{name}/ready", self._model_ready, "Whether a model is ready"),
+            ("/v2/models/{name}/versions/{version}/ready", self._version_ready, "Whether a version is ready"),
+            ("/metrics", self._metrics, "Metrics in Prometheus' text format"),
+        ):
+            self.add_api_route(path, endpoint, summary=summary, response_class=Response)
+        self.add_api_route("/v2/", self._server_metadata, response_class=Response, include_in_schema=False)
+
+    async def _index(self) -> Response:
+        return _json({"name": self.settings.server_name, "docs": "/docs", "metadata": "/v2", "metrics": "/metrics"})
+
+    async def _server_metadata(self) -> Response:
+        return _json({"name": self.settings.server_name, "version": self.version, "extensions": EXTENSIONS})
+
+    async def _live(self) -> Response:
+        return _json({"live": True})
+
+    async def _ready(self) -> Response:
+        if self.draining:
+            return _not_ready({"ready": False, "error": "the server is stopping", "code": Draining.code})
+        if self.repository.ready:
+            return _json({"ready": True})
+        failures = self.repository.failures
+        error = f"{len(failures)} of the models failed to load" if failures else "models are loading"
+        reasons = {f"{name}/{version}": reason for (name, version), reason in failures.items()}
+        return _not_ready({"ready": False, "error": error, "code": ModelNotReady.code, "models": reasons})
+
+    async def _model(self, name: str) -> Response:
+        return self._metadata_of(name, "")
+
+    async def _model_version(self, name: str, version: str) -> Response:
+        return self._metadata_of(name, version)
+
+    async def _model_ready(self, name: str) -> Response:
+        return self._readiness_of(name, "")
+
+    async def _version_ready(self, name: str, version: str) -> Response:
+        return self._readiness_of(name, version)
+
+    async def _metrics(self) -> Response:
+        return Response(self.metrics.text(), media_type=CONTENT_TYPE)
+
+    def _metadata_of(self, name: str, version: str) -> Response:
+        model = self.repository.get(name, version)
+        return _json(
+            {"name": name, "versions": self.repository.versions(name), "platform": PLATFORM, **model.metadata()}
+        )
+
+    def _readiness_of(self, name: str, version: str) -> Response:
+        try:
+            self.repository.get(name, version)
+        except ModelNotReady as exc:
+            return _not_ready({"name": name, "ready": False, "error": str(exc), "code": exc.code})
+        return _json({"name": name, "ready": True})
+
+
+def server_version() -> str:
+    """Return the version of the installed distribution."""
+    try:
+        return version("slipstream-server")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def _json(body: dict[str, Any], status: int = 200) -> Response:
+    return Response(orjson.dumps(body), status, media_type="application/json")
+
+
+def _not_ready(body: dict[str, Any]) -> Response:
+    response = _json(body, 503)
+    response.headers["retry-after"] = str(RETRY_UNAVAILABLE_S)
+    return response
+
+
+async def _on_error(request: Request, error: Exception) -> Response:
+    answer = _answer_to(request, error)
+    headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in answer.headers}
+    return Response(b"".join(answer.parts), answer.status, headers)
+
+
+def _answer_to(request: Request, error: Exception) -> Answer:
+    if isinstance(error, SlipstreamError):
+        return answer_of(error)
+    if isinstance(error, RequestValidationError):
+        return error_answer(RequestError.status, RequestError.code, str(error))
+    if not isinstance(error, HTTPException):
+        # It is raised again after this answer, and uvicorn logs it.
+        return internal_error()
+    if error.status_code == 405:
+        return method_not_allowed((error.headers or {}).get("Allow", "GET"))
+    if error.status_code == 404:
+        return not_found(request.url.path)
+    return error_answer(error.status_code, RequestError.code, str(error.detail))

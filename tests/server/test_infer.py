@@ -1,0 +1,297 @@
+"""The infer branch as an ASGI callable, with a fake model behind it."""
+
+import asyncio
+import json
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+
+from server import infer
+from server.errors import DeadlineExpired, QueueFull
+from server.infer import InferBranch, infer_target
+from server.metrics import Metrics
+from server.tensors import InferRequest, InferResponse
+from tests.server.fakes import FakeRepository
+
+BODY = json.dumps(
+    {"id": "7", "inputs": [{"name": "x", "shape": [1, 4], "datatype": "FP32", "data": [1, 2, 3, 4]}]}
+).encode()
+
+
+class Exchange:
+    """One request to the branch and what it answered."""
+
+    def __init__(self, body: bytes = BODY, headers: dict[str, str] | None = None, method: str = "POST") -> None:
+        pairs = [(name.encode(), value.encode()) for name, value in (headers or {}).items()]
+        self.scope = {"type": "http", "method": method, "path": "/v2/models/m/infer", "headers": pairs}
+        self.messages: list[Any] = []
+        self.client_left = asyncio.Event()
+        self._body: list[bytes] = [body]
+
+    async def receive(self) -> dict[str, Any]:
+        if self._body:
+            return {"type": "http.request", "body": self._body.pop(), "more_body": False}
+        await self.client_left.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(self, message: Any) -> None:
+        self.messages.append(message)
+
+    @property
+    def status(self) -> int:
+        return int(self.messages[0]["status"])
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {name.decode(): value.decode() for name, value in self.messages[0]["headers"]}
+
+    @property
+    def body(self) -> bytes:
+        return b"".join(bytes(message["body"]) for message in self.messages[1:])
+
+
+@pytest.fixture
+def repository() -> FakeRepository:
+    return FakeRepository()
+
+
+@pytest.fixture
+def metrics() -> Metrics:
+    return Metrics()
+
+
+async def call(
+    repository: FakeRepository, exchange: Exchange, name: str = "m", version: str = "", metrics: Metrics | None = None
+) -> Exchange:
+    branch = InferBranch(repository, metrics or Metrics(), 1_000_000)  # type: ignore[arg-type]
+    await branch(exchange.scope, exchange.receive, exchange.send, name, version)
+    return exchange
+
+
+def counted(metrics: Metrics, code: str, version: str = "2") -> float | None:
+    labels = {"model": "m", "version": version, "code": code}
+    return metrics.registry.get_sample_value("slipstream_requests_total", labels)
+
+
+@pytest.mark.parametrize(
+    ("path", "target"),
+    [
+        ("/v2/models/m/infer", ("m", "")),
+        ("/v2/models/m/versions/3/infer", ("m", "3")),
+        ("/v2/models/versions/infer", ("versions", "")),
+        ("/v2/models/infer", None),
+        ("/v2/models//infer", None),
+        ("/v2/models/m/versions//infer", None),
+        ("/v2/models/a/b/infer", None),
+        ("/v2/models/m/versions/3/4/infer", None),
+        ("/v2/models/m/infer/", None),
+        ("/v2/models/m", None),
+        ("/v1/models/m/infer", None),
+        ("/v2/models/m/ready", None),
+    ],
+)
+def test_only_infer_paths_branch_off(path: str, target: tuple[str, str] | None) -> None:
+    assert infer_target(path) == target
+
+
+async def test_json_answer_and_its_account(repository: FakeRepository, metrics: Metrics) -> None:
+    exchange = await call(repository, Exchange(), metrics=metrics)
+    assert exchange.status == 200
+    assert json.loads(exchange.body) == {
+        "model_name": "m",
+        "model_version": "2",
+        "id": "7",
+        "outputs": [{"name": "y", "datatype": "FP32", "shape": [1, 4], "data": [2, 4, 6, 8]}],
+    }
+    assert exchange.headers == {
+        "content-type": "application/json",
+        "content-length": str(len(exchange.body)),
+        "slipstream-variant": "fp32",
+        "slipstream-device": "cpu",
+        "slipstream-batch-rows": "3",
+        "slipstream-queue-ms": "1.000",
+        "slipstream-compute-ms": "20.000",
+    }
+    assert counted(metrics, "ok") == 1
+
+
+async def test_binary_in_and_out(repository: FakeRepository) -> None:
+    tensor = {"name": "x", "shape": [1, 4], "datatype": "FP32", "parameters": {"binary_data_size": 16}}
+    head = json.dumps({"inputs": [tensor], "parameters": {"binary_data_output": True}}).encode()
+    data = np.arange(4, dtype=np.float32)
+    exchange = await call(
+        repository, Exchange(head + data.tobytes(), {"inference-header-content-length": str(len(head))})
+    )
+    length = int(exchange.headers["inference-header-content-length"])
+    assert exchange.headers["content-type"] == "application/octet-stream"
+    assert int(exchange.headers["content-length"]) == len(exchange.body)
+    assert json.loads(exchange.body[:length])["outputs"][0]["parameters"] == {"binary_data_size": 16}
+    np.testing.assert_array_equal(np.frombuffer(exchange.body[length:], np.float32), data * 2)
+
+
+async def test_raw_request_needs_no_json(repository: FakeRepository) -> None:
+    exchange = await call(
+        repository, Exchange(np.ones(8, np.float32).tobytes(), {"inference-header-content-length": "0"})
+    )
+    assert exchange.status == 200
+    assert repository.models["2"].requests[0].inputs["x"].shape == (2, 4)
+
+
+async def test_version_in_the_path_chooses_the_version(repository: FakeRepository, metrics: Metrics) -> None:
+    await call(repository, Exchange(), version="1", metrics=metrics)
+    assert len(repository.models["1"].requests) == 1
+    assert counted(metrics, "ok", version="1") == 1
+
+
+async def test_headers_pin_the_variant_and_set_the_deadline(repository: FakeRepository) -> None:
+    await call(repository, Exchange(headers={"slipstream-variant": "int8", "slipstream-timeout-ms": "12.5"}))
+    (request,) = repository.models["2"].requests
+    assert (request.variant, request.timeout_s) == ("int8", 0.0125)
+
+
+async def test_what_the_body_says_wins_over_the_headers(repository: FakeRepository) -> None:
+    body = json.loads(BODY) | {"parameters": {"variant": "fp32", "timeout": 2000}}
+    headers = {"slipstream-variant": "int8", "slipstream-timeout-ms": "12.5"}
+    await call(repository, Exchange(json.dumps(body).encode(), headers))
+    (request,) = repository.models["2"].requests
+    assert (request.variant, request.timeout_s) == ("fp32", 0.002)
+
+
+@pytest.mark.parametrize("text", ["", "soon", "-1", "0", "nan", "inf"])
+async def test_timeout_header_that_is_no_time_is_malformed(repository: FakeRepository, text: str) -> None:
+    exchange = await call(repository, Exchange(headers={"slipstream-timeout-ms": text}))
+    assert exchange.status == 400
+    assert json.loads(exchange.body)["code"] == "malformed_request"
+    assert "slipstream-timeout-ms" in json.loads(exchange.body)["error"]
+
+
+@pytest.mark.parametrize("text", ["", "x", "-1", "+1", "1.5", "1_0", "99999999999", "1000"])
+async def test_bad_header_length_is_malformed(repository: FakeRepository, text: str) -> None:
+    exchange = await call(repository, Exchange(headers={"inference-header-content-length": text}))
+    assert (exchange.status, json.loads(exchange.body)["code"]) == (400, "malformed_request")
+
+
+async def test_wrong_method_names_the_right_one(repository: FakeRepository) -> None:
+    exchange = await call(repository, Exchange(method="GET"))
+    assert (exchange.status, exchange.headers["allow"]) == (405, "POST")
+    assert json.loads(exchange.body)["code"] == "method_not_allowed"
+
+
+async def test_unknown_model_is_not_counted_as_a_model(repository: FakeRepository, metrics: Metrics) -> None:
+    exchange = await call(repository, Exchange(), name="ghost", metrics=metrics)
+    assert exchange.status == 404
+    assert json.loads(exchange.body) == {
+        "error": "Request for unknown model: 'ghost' is not found",
+        "code": "unknown_model",
+    }
+    assert b"ghost" not in metrics.text()
+
+
+async def test_refusal_says_when_to_come_again(repository: FakeRepository, metrics: Metrics) -> None:
+    async def full(request: InferRequest) -> InferResponse:
+        raise QueueFull("1024 rows wait", 1.2)
+
+    repository.models["2"].answer = full
+    exchange = await call(repository, Exchange(), metrics=metrics)
+    assert (exchange.status, exchange.headers["retry-after"]) == (429, "2")
+    assert json.loads(exchange.body) == {"error": "1024 rows wait", "code": "queue_full"}
+    assert counted(metrics, "queue_full") == 1
+
+
+async def test_expired_deadline_is_a_gateway_timeout(repository: FakeRepository) -> None:
+    async def late(request: InferRequest) -> InferResponse:
+        raise DeadlineExpired("5 ms late")
+
+    repository.models["2"].answer = late
+    assert (await call(repository, Exchange())).status == 504
+
+
+async def test_defect_is_an_internal_error_without_its_text(
+    repository: FakeRepository, metrics: Metrics, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def broken(request: InferRequest) -> InferResponse:
+        raise KeyError("a secret")
+
+    repository.models["2"].answer = broken
+    exchange = await call(repository, Exchange(), metrics=metrics)
+    assert exchange.status == 500
+    assert json.loads(exchange.body) == {"error": "internal error; see the server log", "code": "internal"}
+    assert "a secret" in caplog.text
+    assert counted(metrics, "internal") == 1
+
+
+async def test_client_that_leaves_cancels_its_request(
+    repository: FakeRepository, metrics: Metrics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(infer, "WATCH_AFTER_S", 0)
+    exchange, waiting = Exchange(), asyncio.get_running_loop().create_future()
+
+    async def wait(request: InferRequest) -> InferResponse:
+        exchange.client_left.set()
+        return await waiting  # type: ignore[no-any-return]
+
+    repository.models["2"].answer = wait
+    async with asyncio.timeout(10):
+        await call(repository, exchange, metrics=metrics)
+    assert waiting.cancelled()
+    assert exchange.messages == []
+    task = asyncio.current_task()
+    assert task is not None
+    assert task.cancelling() == 0  # the cancellation is spent: whoever awaits next is not hit by it
+    assert counted(metrics, "cancelled") == 1
+
+
+async def test_cancellation_from_elsewhere_is_not_mistaken_for_a_client_that_left(repository: FakeRepository) -> None:
+    started = asyncio.Event()
+
+    async def wait(request: InferRequest) -> InferResponse:
+        started.set()
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    repository.models["2"].answer = wait
+    task = asyncio.create_task(call(repository, Exchange()))
+    await started.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def test_watching_for_departures_ends_with_the_answer(
+    repository: FakeRepository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(infer, "WATCH_AFTER_S", 0)
+
+    async def slow(request: InferRequest) -> InferResponse:
+        for _ in range(5):
+            await asyncio.sleep(0)
+        return InferResponse("m", "2", "", {"y": request.inputs["x"]}, "fp32", "cpu", 1, 0.0, 0.0)
+
+    repository.models["2"].answer = slow
+    assert (await call(repository, Exchange())).status == 200
+    await asyncio.sleep(0)
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+@pytest.mark.parametrize(("rows", "off_loop"), [(1, False), (5000, True)])
+async def test_only_large_json_leaves_the_loop(
+    repository: FakeRepository, monkeypatch: pytest.MonkeyPatch, rows: int, off_loop: bool
+) -> None:
+    threads: dict[str, threading.Thread] = {}
+
+    def noting(name: str, function: Any) -> Any:
+        def noted(*args: Any) -> Any:
+            threads[name] = threading.current_thread()
+            return function(*args)
+
+        return noted
+
+    monkeypatch.setattr(infer, "decode", noting("decode", infer.decode))
+    monkeypatch.setattr(infer, "encode", noting("encode", infer.encode))
+    tensor = {"name": "x", "shape": [rows, 4], "datatype": "FP32", "data": [0.5] * rows * 4}
+    exchange = await call(repository, Exchange(json.dumps({"inputs": [tensor]}).encode()))
+    assert exchange.status == 200
+    loop_thread = threading.current_thread()
+    assert (threads["decode"] is not loop_thread, threads["encode"] is not loop_thread) == (off_loop, off_loop)

@@ -1,0 +1,227 @@
+"""The commands ``optimize``, ``inspect`` and ``verify``."""
+
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
+from typing import Any, get_args
+
+import click
+import msgspec
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from optimizers import pipeline
+from optimizers.errors import OptimizerError
+from optimizers.fidelity import describe
+from optimizers.host import read_host
+from optimizers.recipe import Precision, Recipe, Target, read_recipe
+from optimizers.report import REPORT_HTML, REPORT_JSON, CandidateRecord, Report, read_report
+from optimizers.request import OptimizeRequest
+from server.artifact import Artifact, Variant, read_artifact, read_golden
+from server.errors import SlipstreamError, StartupError
+from server.golden import require_golden
+from server.providers import Device, check_environment, usable_devices
+from server.session import Session
+
+_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+_DECIDING_ROWS = (1, 8)
+
+
+def _reports_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn our errors into one line on stderr and exit code 1; ``--debug`` shows the traceback."""
+
+    @wraps(command)
+    def run(*args: Any, debug: bool, **options: Any) -> None:
+        try:
+            check_environment()
+            command(*args, **options)
+        except (OptimizerError, SlipstreamError) as exc:
+            if debug:
+                raise
+            raise click.ClickException(str(exc)) from exc
+
+    return click.option("--debug", is_flag=True, help="Show the traceback of an error.")(run)
+
+
+def _listed(_context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[str, ...] | None:
+    if value is None:
+        return None
+    known = get_args(Precision if parameter.name == "precisions" else Target)
+    wanted = tuple(item.strip() for item in value.split(",") if item.strip())
+    unknown = [item for item in wanted if item not in known]
+    if unknown or not wanted:
+        raise click.BadParameter(f"{value!r}; it is a list of {', '.join(known)}, separated by commas")
+    return wanted
+
+
+@click.command("optimize")
+@click.argument("model", type=_FILE)
+@click.option("--repository", required=True, type=click.Path(file_okay=False, path_type=Path), help="Folder of models.")
+@click.option("--name", required=True, help="Name to serve the model under.")
+@click.option("--version", type=click.IntRange(min=1), help="Version number.  [default: the next one]")
+@click.option("--calibration", type=_FILE, help="DATA.npz; without it only exact variants are made.")
+@click.option("--labels", type=_FILE, help="LABELS.npz, to judge by accuracy as well; needs --calibration.")
+@click.option("--min-agreement", type=float, help="Least share of equal decisions, 0 to 1.  [default: 0.99]")
+@click.option("--max-accuracy-drop", type=float, help="Largest loss of accuracy on labels, 0 to 1.  [default: 0.01]")
+@click.option("--devices", callback=_listed, help="List of cpu, cuda, tensorrt.  [default: cpu,cuda]")
+@click.option("--precisions", callback=_listed, help="List of fp32, fp16, int8.  [default: all]")
+@click.option("--slo-ms", type=float, help="Wanted p99 of a run: batches stay within it.")
+@click.option("--recipe", "recipe_file", type=_FILE, help="RECIPE.toml; options given here win over it.")
+@click.option("--time-budget", default=15.0, show_default=True, help="Seconds for the latency races.")
+@click.option("--json", "as_json", is_flag=True, help="Print report.json on stdout, and nothing else there.")
+@_reports_errors
+def optimize(model: Path, recipe_file: Path | None, time_budget: float, *, as_json: bool, **options: Any) -> None:
+    r"""Optimize MODEL.onnx, prove every variant against it on this host, and write a servable artifact.
+
+    The model passes through clean-up and operator fusion, then through FP16 and INT8 quantization. A variant is served
+    only if it agrees with the original on held-out samples and is faster than it; the report says why each other one
+    was refused. The same input twice does nothing the second time.
+
+    DATA.npz holds one array per model input, keyed by the input's name; the first axis counts the samples (128 for
+    calibration and 512 held out make a good proof). LABELS.npz holds 'labels', one class per sample.
+
+    \b
+    Example:
+      slipstream optimize model.onnx --repository models --name mine --calibration data.npz
+      slipstream serve models
+    """
+    given = {key: options.pop(key) for key in ("repository", "name", "version", "calibration", "labels")}
+    if given["labels"] is not None and given["calibration"] is None:
+        raise click.UsageError("--labels needs --calibration: labels belong to samples")
+    command = shlex.join(["slipstream", *sys.argv[1:]])
+    recipe = _recipe(recipe_file, options)
+    request = OptimizeRequest(model=model, recipe=recipe, time_budget_s=time_budget, command=command, **given)
+    found = pipeline.existing(request)
+    artifact = found
+    if artifact is None:
+        with _progress() as observe:
+            artifact = pipeline.optimize(request, observe)
+    _print_result(artifact, is_new=found is None, as_json=as_json)
+
+
+@click.command("inspect")
+@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print report.json on stdout, and nothing else there.")
+@_reports_errors
+def inspect(folder: Path, *, as_json: bool) -> None:
+    """Show what is in the artifact FOLDER (models/NAME/VERSION): its variants, and why each was kept or refused."""
+    _print_result(read_artifact(folder), is_new=False, as_json=as_json)
+
+
+@click.command("verify")
+@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@_reports_errors
+def verify(folder: Path) -> None:
+    """Prove the artifact FOLDER (models/NAME/VERSION) again on this host.
+
+    Checks every digest, opens every variant on its device, and compares it with the original's golden outputs. Exits
+    with 1 if a variant fails or cannot be opened here.
+    """
+    artifact = read_artifact(folder)
+    if artifact.manifest is None:
+        raise OptimizerError(f"{folder} holds a plain model without golden outputs; run slipstream optimize on it")
+    console = Console()
+    if artifact.manifest.host.get("fingerprint") != read_host().fingerprint:
+        console.print("note: measured on another kind of host; its latencies do not hold here", highlight=False)
+    devices = {device.kind: device for device in reversed(usable_devices("prefer"))}
+    failed = [variant.name for variant in artifact.variants if not _verify(console, artifact, variant, devices)]
+    if failed:
+        raise OptimizerError(f"{len(failed)} of {len(artifact.variants)} variants failed: {', '.join(failed)}")
+
+
+def _verify(console: Console, artifact: Artifact, variant: Variant, devices: dict[Any, Device]) -> bool:
+    device = devices.get(variant.provider)
+    try:
+        if device is None:
+            raise StartupError(f"no {variant.provider} device is usable here")
+        session = Session(artifact.folder / variant.file, device, variant.options)
+        try:
+            decibel = require_golden(session, variant, read_golden(artifact.folder))
+        finally:
+            session.close()
+    except SlipstreamError as exc:
+        console.print(f"FAILED {variant.name}: {exc}", highlight=False, markup=False)
+        return False
+    console.print(
+        f"ok     {variant.name} on {device.name}: {decibel:.1f} dB, needed {variant.golden_min_sqnr_db:.1f} dB",
+        highlight=False,
+    )
+    return True
+
+
+def _recipe(file: Path | None, options: dict[str, Any]) -> Recipe:
+    recipe = read_recipe(file) if file is not None else Recipe()
+    return msgspec.structs.replace(recipe, **{key: value for key, value in options.items() if value is not None})
+
+
+@contextmanager
+def _progress() -> Iterator[pipeline.Observe]:
+    """Show a bar with the current stage on stderr; plain lines when that is no terminal."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        seen: list[str] = []
+
+        def log(stage: str, share: float) -> None:
+            if stage not in seen[-1:]:
+                seen.append(stage)
+                console.print(f"{share:4.0%} {stage}", highlight=False, markup=False)
+
+        yield log
+        return
+    columns = (
+        TextColumn("{task.description:<28}"),
+        BarColumn(),
+        TextColumn("{task.percentage:3.0f}%"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("load", total=1.0)
+        yield lambda stage, share: bar.update(task, description=stage, completed=share)
+
+
+def _print_result(artifact: Artifact, *, is_new: bool, as_json: bool) -> None:
+    if artifact.manifest is None:
+        raise OptimizerError(f"{artifact.folder} holds a plain model: unoptimized, without any evidence")
+    try:
+        report = read_report(artifact.folder)
+    except (OSError, msgspec.MsgspecError) as exc:
+        raise OptimizerError(f"cannot read {artifact.folder / REPORT_JSON}: {exc}") from exc
+    if as_json:
+        click.echo((artifact.folder / REPORT_JSON).read_bytes(), nl=False)
+        return
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console.print(_table(report))
+    for record in report.candidates:
+        evidence = f"; {describe(record.fidelity)}" if record.fidelity is not None else ""
+        console.print(f"{record.name} is {record.verdict}: {record.reason}{evidence}")
+    console.print(f"\n{report.headline}")
+    state = "written" if is_new else "up to date"
+    click.echo(f"{state}: {artifact.folder}\nreport: {artifact.folder / REPORT_HTML}")
+
+
+def _table(report: Report) -> Table:
+    table = Table(title=f"{report.name}/{report.version}", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
+    numbers = ("MB", "agree", "dB", *(f"ms at {rows}" for rows in _DECIDING_ROWS))
+    for column in ("variant", "verdict", *numbers):
+        table.add_column(column, justify="right" if column in numbers else "left", no_wrap=True)
+    for record in report.candidates:
+        table.add_row(*_cells(record))
+    return table
+
+
+def _cells(record: CandidateRecord) -> tuple[str, ...]:
+    fidelity, latency = record.fidelity, record.latency
+    times = dict(zip(latency.rows, latency.p50_ms, strict=True)) if latency is not None else {}
+    return (
+        record.name,
+        record.verdict,
+        f"{record.size_bytes / 1e6:.3g}" if record.size_bytes else "",
+        f"{fidelity.agreement:.3f}" if fidelity is not None else "",
+        f"{fidelity.sqnr_db:.1f}" if fidelity is not None else "",
+        *(f"{times[rows]:.4g}" if rows in times else "" for rows in _DECIDING_ROWS),
+    )

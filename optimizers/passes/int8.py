@@ -1,0 +1,118 @@
+"""What both INT8 passes share: the choice of the weight range, and the preparation of weights."""
+
+import math
+from collections import Counter
+
+import numpy as np
+import onnx
+from onnx import numpy_helper
+from onnxruntime.quantization.quant_utils import add_pre_process_metadata
+
+from optimizers.errors import PassFailed
+from optimizers.graph import opset_of
+from optimizers.host import HostFacts
+from optimizers.passes import copy_of
+from optimizers.passes.opset import OLDEST_OPSET
+from optimizers.passes.settle import settle
+
+WEIGHTED_OPS = frozenset({"MatMul", "Gemm", "Conv"})
+DEFAULT_TENSOR_TYPE = {"DefaultTensorType": onnx.TensorProto.FLOAT}
+"""What onnxruntime's quantizer assumes where shape inference found no type, e.g. behind an operator of its own."""
+
+
+def reduced_range(host: HostFacts) -> bool:
+    """Whether weights must have 7 bits on this CPU.
+
+    x86 without an INT8 dot product multiplies UINT8 by INT8 and adds two neighbours in 16 bits, which saturates:
+    2 x 255 x 127 exceeds 32767. onnxruntime's quantizer keeps reduced weights within 64, and 2 x 255 x 64 = 32640 fits.
+
+    The alternative, the session entry ``session.x64quantprecision``, makes weights UINT8 when the session opens. It is
+    right everywhere, but gives up the dot product on the CPUs that have it: measured 1.5 to 2.5 times slower there.
+    """
+    return host.arch in ("x86_64", "AMD64") and not host.has_int8_dot
+
+
+def weighted_nodes(model: onnx.ModelProto, op_types: frozenset[str]) -> list[onnx.NodeProto]:
+    """Return the nodes of these operators in the main graph whose second input is a FLOAT weight."""
+    weights = {t.name for t in model.graph.initializer if t.data_type == onnx.TensorProto.FLOAT}
+    nodes = [node for node in model.graph.node if node.op_type in op_types and node.domain in ("", "ai.onnx")]
+    return [node for node in nodes if len(node.input) > 1 and node.input[1] in weights]
+
+
+def prepared(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a copy that onnxruntime's quantizer handles rightly: weights have one reader, biases of Gemm one axis.
+
+    Raises:
+        PassFailed: If the opset cannot express per-channel scales.
+    """
+    if opset_of(model) < OLDEST_OPSET:
+        raise PassFailed(f"opset {opset_of(model)} has no per-channel scales; opset {OLDEST_OPSET} or newer is needed")
+    twin = copy_of(model)
+    settle(twin, model)  # ranges and types are found by the shapes that are known
+    for index, node in enumerate(twin.graph.node):
+        node.name = node.name or f"{node.op_type}_{index}"  # the quantizer tells nodes apart by name
+    untie_weights(twin)
+    flatten_biases(twin)
+    add_pre_process_metadata(twin)  # the passes before this one did what the quantizer would warn about
+    return twin
+
+
+def untie_weights(model: onnx.ModelProto) -> int:
+    """Give every Gemm and MatMul its own copy of a weight that other nodes read too; edits in place.
+
+    onnxruntime before 1.32 transposes the weight of a Gemm in place, and whoever shares it then reads garbage.
+
+    Returns:
+        How many copies were made.
+    """
+    readers = Counter(name for node in model.graph.node for name in node.input)
+    weights = {tensor.name: tensor for tensor in model.graph.initializer}
+    outputs = {value.name for value in model.graph.output}
+    copies = 0
+    for node in weighted_nodes(model, frozenset({"MatMul", "Gemm"})):
+        shared = node.input[1]
+        if readers[shared] == 1 and shared not in outputs:
+            continue
+        copies += 1
+        own = model.graph.initializer.add()
+        own.CopyFrom(weights[shared])
+        own.name = _free_name(f"{shared}_of_{node.name or node.output[0]}", weights)
+        weights[own.name] = own
+        readers[shared] -= 1
+        node.input[1] = own.name
+    return copies
+
+
+def flatten_biases(model: onnx.ModelProto) -> int:
+    """Give every Gemm whose bias is broadcast from ``[1, N]`` or one element a bias ``[N]``; edits in place.
+
+    onnxruntime's quantizer reads one element per output channel and fails on the other shapes.
+
+    Returns:
+        How many biases were rewritten.
+    """
+    weights = {tensor.name: tensor for tensor in model.graph.initializer}
+    rewritten = 0
+    for node in weighted_nodes(model, frozenset({"Gemm"})):
+        bias = weights.get(node.input[2]) if len(node.input) > 2 else None
+        transposed = any(attribute.name == "transB" and attribute.i for attribute in node.attribute)
+        channels = weights[node.input[1]].dims[0 if transposed else 1]
+        if bias is None or list(bias.dims) == [channels] or math.prod(bias.dims) not in (1, channels):
+            continue
+        if math.prod(bias.dims) == channels and bias.dims[-1] != channels:
+            continue  # one element per row of a fixed batch
+        rewritten += 1
+        flat = np.broadcast_to(numpy_helper.to_array(bias).reshape(-1), (channels,))
+        own = numpy_helper.from_array(flat.copy(), _free_name(f"{bias.name}_of_{node.name or node.output[0]}", weights))
+        model.graph.initializer.append(own)
+        weights[own.name] = own
+        node.input[2] = own.name
+    return rewritten
+
+
+def _free_name(wish: str, taken: dict[str, onnx.TensorProto]) -> str:
+    name, number = wish, 1
+    while name in taken:
+        number += 1
+        name = f"{wish}_{number}"
+    return name

@@ -1,0 +1,148 @@
+"""INT8 with activation scales from calibration data, written as QuantizeLinear and DequantizeLinear pairs."""
+
+import tempfile
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+import onnx
+from onnxruntime.quantization import (
+    CalibrationMethod,
+    QuantFormat,
+    QuantType,
+    TensorsData,
+    quantize_static,
+    save_tensors_data,
+)
+
+from optimizers.errors import PassFailed
+from optimizers.graph import load_model
+from optimizers.passes import Effect, PassContext, PassResult
+from optimizers.passes.activations import Range, float_tensors, minmax_ranges, percentile_ranges
+from optimizers.passes.int8 import (
+    DEFAULT_TENSOR_TYPE,
+    WEIGHTED_OPS,
+    prepared,
+    reduced_range,
+    weighted_nodes,
+)
+
+# Operators that only move or clip values: behind a convolution, INT8 keeps the chain free of conversions.
+_CHAINED_OPS = frozenset({"Add", "AveragePool", "Clip", "GlobalAveragePool", "MaxPool", "Relu"})
+_PERCENTILE = 99.99
+
+
+class Int8Static(msgspec.Struct, frozen=True):
+    """Quantize Conv, MatMul and Gemm with constant weights, per channel.
+
+    Attributes:
+        name: Of the variant.
+        method: How ranges follow from the data: the extremes, or 99.99 % of the values.
+        target: ``cpu``: UINT8 activations, INT8 weights. ``tensorrt``: both INT8 and symmetric, which is all it takes.
+    """
+
+    name: str = "int8-static"
+    method: Literal["minmax", "percentile"] = "minmax"
+    target: Literal["cpu", "tensorrt"] = "cpu"
+    version: int = 1
+    effect: Effect = "lossy"
+
+    def run(self, model: onnx.ModelProto, context: PassContext) -> PassResult:
+        """Apply the pass.
+
+        Raises:
+            PassFailed: If there is no calibration data, if no Conv, MatMul or Gemm has a constant weight, if the opset
+                is too old, if the model does not run on the data, or if the quantizer fails.
+        """
+        if not context.calibration:
+            raise PassFailed("no calibration data; give --calibration DATA.npz")
+        if not weighted_nodes(model, WEIGHTED_OPS):
+            raise PassFailed("no Conv, MatMul or Gemm has a constant weight")
+        ready = prepared(model)
+        ranges = self._ranges(ready, context)
+        with tempfile.TemporaryDirectory(dir=context.work) as folder:
+            quantized = self._quantize(ready, ranges, context, Path(folder))
+        quantized.ir_version = model.ir_version
+        count = sum(node.op_type == "QuantizeLinear" for node in quantized.graph.node)
+        if count == 0:
+            raise PassFailed("onnxruntime's quantizer left every operator in FP32")
+        counts = {"quantized": len(weighted_nodes(model, WEIGHTED_OPS)), "+QuantizeLinear": count}
+        return PassResult(quantized, changed=True, counts=counts, note=self._note(context))
+
+    def _ranges(self, model: onnx.ModelProto, context: PassContext) -> dict[str, Range]:
+        tensors = float_tensors(model, WEIGHTED_OPS | _CHAINED_OPS)
+        if self.method == "percentile":
+            return percentile_ranges(model, tensors, context.calibration, context.work, _PERCENTILE)
+        return minmax_ranges(model, tensors, context.calibration, context.work)
+
+    def _quantize(
+        self, model: onnx.ModelProto, ranges: dict[str, Range], context: PassContext, folder: Path
+    ) -> onnx.ModelProto:
+        cache, target = folder / "ranges.json", folder / "model.onnx"
+        extremes = {name: (np.float32(low), np.float32(high)) for name, (low, high) in ranges.items()}
+        save_tensors_data(TensorsData(CalibrationMethod.MinMax, extremes), cache)
+        activations = QuantType.QUInt8 if self.target == "cpu" else QuantType.QInt8
+        try:
+            quantize_static(
+                model,
+                target,
+                None,
+                quant_format=QuantFormat.QDQ,
+                op_types_to_quantize=sorted(WEIGHTED_OPS | _CHAINED_OPS),
+                nodes_to_quantize=self._nodes(model),
+                per_channel=True,
+                reduce_range=self.target == "cpu" and reduced_range(context.host),
+                activation_type=activations,
+                weight_type=QuantType.QInt8,
+                calibration_cache_path=cache,
+                extra_options=self._extra_options(),
+            )
+        except (ValueError, TypeError, RuntimeError, AttributeError, KeyError, IndexError) as exc:
+            raise PassFailed(f"onnxruntime's quantizer fails: {exc}") from exc
+        return load_model(target)
+
+    def _nodes(self, model: onnx.ModelProto) -> list[str]:
+        weighted = [node.name for node in weighted_nodes(model, WEIGHTED_OPS)]
+        return weighted if self.target == "tensorrt" else weighted + chained_nodes(model)
+
+    def _extra_options(self) -> dict[str, Any]:
+        options: dict[str, Any] = {"MatMulConstBOnly": True, **DEFAULT_TENSOR_TYPE}
+        if self.target == "tensorrt":
+            return options | tensorrt_int8_options()
+        # A MatMul adds up to FP32 anyway; rounding that to 8 bits costs more fidelity than it saves time.
+        return options | {"OpTypesToExcludeOutputQuantization": ["Gemm", "MatMul"]}
+
+    def _note(self, context: PassContext) -> str:
+        if self.target == "tensorrt":
+            return f"symmetric INT8 for TensorRT, {self.method} ranges"
+        bits = 7 if reduced_range(context.host) else 8
+        return f"{bits}-bit weights, per channel, {self.method} ranges"
+
+
+def chained_nodes(model: onnx.ModelProto) -> list[str]:
+    """Return the names of the nodes that pass on nothing but the results of convolutions, in graph order."""
+    from_conv = {node.output[0] for node in weighted_nodes(model, frozenset({"Conv"}))}
+    weights = {tensor.name for tensor in model.graph.initializer}
+    names = []
+    for node in model.graph.node:
+        activations = {name for name in node.input if name and name not in weights}
+        if node.op_type in _CHAINED_OPS and activations and activations <= from_conv:
+            from_conv.add(node.output[0])
+            names.append(node.name)
+    return names
+
+
+def tensorrt_int8_options() -> dict[str, Any]:
+    """Return the quantizer's options for QDQ models that TensorRT reads.
+
+    TensorRT takes zero points of 0 only, has no INT32 DequantizeLinear (so biases stay FP32), and fuses an operator
+    with what follows it only when its output is not quantized on its own.
+    """
+    return {
+        "ActivationSymmetric": True,
+        "WeightSymmetric": True,
+        "QuantizeBias": False,
+        "DedicatedQDQPair": True,
+        "OpTypesToExcludeOutputQuantization": sorted(WEIGHTED_OPS),
+    }

@@ -1,0 +1,77 @@
+"""Sanitize: the same computation in the form that the other passes and every runtime understand."""
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import onnx
+import onnx_ir as ir
+import onnx_ir.passes.common as common
+from onnx import helper
+
+from optimizers.errors import PassFailed
+from optimizers.graph import IR_PORTABLE, OPSET_CEILING, nodes_of, opset_of
+from optimizers.passes import Effect, PassContext, PassResult, copy_of
+from optimizers.passes.settle import settle
+
+_IR_WITHOUT_INITIALIZER_INPUTS = 8  # before IR version 4 every weight had to be a graph input as well
+
+
+class Sanitize:
+    """Name every node, turn Constant nodes into initializers, infer shapes, lower the IR version.
+
+    Weights that are also declared as inputs stop being inputs. The signature stays as it is: no axis is renamed, and
+    what shape inference finds out about inputs and outputs is not written there.
+    """
+
+    name: ClassVar[str] = "sanitize"
+    version: ClassVar[int] = 1
+    effect: ClassVar[Effect] = "exact"
+
+    def run(self, model: onnx.ModelProto, context: PassContext) -> PassResult:  # noqa: ARG002  (the interface)
+        """Apply the pass.
+
+        Raises:
+            PassFailed: If the opset is above the ceiling, or if onnx-ir cannot read the model.
+        """
+        opset = opset_of(model)
+        if opset > OPSET_CEILING:
+            raise PassFailed(f"opset {opset} is above {OPSET_CEILING}; export the model with opset 17 to 21")
+        try:
+            # onnx-ir shares tensors with the model that it reads, and renames them there.
+            tidy = ir.to_proto(_tidied(ir.from_proto(copy_of(model))))
+        except (ValueError, TypeError, KeyError, ir.passes.PassError) as exc:
+            raise PassFailed(f"onnx-ir cannot rewrite the model: {exc}") from exc
+        tidy.ir_version = _portable_ir(model)
+        settle(tidy, model)
+        counts = _differences(model, tidy)
+        return PassResult(tidy, changed=True, counts=counts, note=f"opset {opset}, IR version {tidy.ir_version}")
+
+
+def _tidied(model: ir.Model) -> ir.Model:
+    steps = ir.passes.Sequential(
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common.RemoveInitializersFromInputsPass(),
+        common.RemoveUnusedNodesPass(),
+        common.RemoveUnusedOpsetsPass(),
+        common.NameFixPass(),
+    )
+    return steps(model).model
+
+
+def _portable_ir(model: onnx.ModelProto) -> int:
+    """Return the oldest IR version that suits the opset, between what initializers need and what is portable."""
+    imports: Sequence[onnx.OperatorSetIdProto] = [e for e in model.opset_import if e.domain in ("", "ai.onnx")]
+    least = max(_IR_WITHOUT_INITIALIZER_INPUTS, helper.find_min_ir_version_for(imports) if imports else 0)
+    return max(least, min(model.ir_version, IR_PORTABLE))
+
+
+def _differences(model: onnx.ModelProto, tidy: onnx.ModelProto) -> dict[str, int]:
+    constants = sum(node.op_type == "Constant" for node in nodes_of(model))
+    counts = {
+        "constants_lifted": constants - sum(node.op_type == "Constant" for node in nodes_of(tidy)),
+        "initializers_removed_from_inputs": len(model.graph.input) - len(tidy.graph.input),
+        "nodes_named": sum(not node.name for node in model.graph.node),
+        "unused_nodes_removed": len(model.graph.node) - constants - len(tidy.graph.node),
+        "shapes_inferred": len(tidy.graph.value_info) - len(model.graph.value_info),
+    }
+    return {name: count for name, count in counts.items() if count > 0}

@@ -1,0 +1,202 @@
+import importlib
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx
+import pytest
+
+from optimizers.engine import EngineOptions, available_flavour, build_engine
+from optimizers.errors import EngineBuildError
+from optimizers.graph import save_model
+from optimizers.passes.fp16 import Fp16
+from optimizers.passes.fusion import Fuse
+from optimizers.passes.int8_static import Int8Static
+from optimizers.passes.sanitize import Sanitize
+from server.artifact import Profile
+from tests.models import save_cnn, save_mlp, save_strings, save_two_inputs
+from tests.optimizers.graphs import context_of, normal
+
+RTX = EngineOptions(flavour="tensorrt-rtx")
+
+rtx = pytest.mark.skipif(
+    importlib.util.find_spec("tensorrt_rtx_bindings") is None, reason="TensorRT-RTX is not installed: extra 'rtx'"
+)
+
+
+def profile(name: str, *shape: int) -> Profile:
+    return Profile(*({name: (rows, *shape)} for rows in (1, 8, 32)))
+
+
+MLP, CNN = profile("x", 64), profile("image", 3, 16, 16)
+
+
+@rtx
+@pytest.mark.parametrize(("save", "shapes"), [(save_mlp, MLP), (save_cnn, CNN)])
+def test_a_model_becomes_a_plan_and_the_facts_describe_it(tmp_path: Path, save: object, shapes: Profile) -> None:
+    plan = tmp_path / "new" / "model.plan"
+    built = build_engine(save(tmp_path / "model.onnx"), shapes, plan, RTX)
+    assert built.flavour == "tensorrt-rtx"
+    assert built.version
+    assert built.capabilities == ("8.0", "8.6", "8.9", "12.0")
+    assert built.plan_bytes == plan.stat().st_size > 1000
+    assert built.seconds > 0
+    assert [path.name for path in plan.parent.iterdir()] == ["model.plan"]
+
+
+@rtx
+def test_the_same_model_gives_the_same_plan(tmp_path: Path) -> None:
+    model = save_cnn(tmp_path / "model.onnx")
+    plans = [tmp_path / name for name in ("one.plan", "two.plan", "other.plan")]
+    for plan, source in zip(plans, (model, model, save_cnn(tmp_path / "other.onnx", seed=1)), strict=True):
+        build_engine(source, CNN, plan, RTX)
+    assert plans[0].read_bytes() == plans[1].read_bytes()
+    assert plans[0].read_bytes() != plans[2].read_bytes()
+
+
+@rtx
+def test_capabilities_decide_the_plan_and_unknown_ones_are_refused(tmp_path: Path) -> None:
+    model = save_mlp(tmp_path / "model.onnx")
+    one = EngineOptions(flavour="tensorrt-rtx", capabilities=("8.9",))
+    assert build_engine(model, MLP, tmp_path / "a.plan", one).capabilities == ("8.9",)
+    for wrong in ("9.0", "x"):
+        hopper = EngineOptions(flavour="tensorrt-rtx", capabilities=("8.9", wrong))
+        with pytest.raises(EngineBuildError, match=rf"compute capability {wrong}; it can for .*'8\.9'"):
+            build_engine(model, MLP, tmp_path / "b.plan", hopper)
+    assert not (tmp_path / "b.plan").exists()
+
+
+@rtx
+def test_fp16_models_build(tmp_path: Path) -> None:
+    context = context_of(tmp_path, [{"x": normal(8, 64)}])
+    model = Sanitize().run(onnx.load(save_mlp(tmp_path / "model.onnx")), context).model
+    save_model(Fp16().run(model, context).model, tmp_path / "half.onnx")
+    assert build_engine(tmp_path / "half.onnx", MLP, tmp_path / "half.plan", RTX).plan_bytes > 1000
+
+
+def quantized(tmp_path: Path, step: Int8Static, save: Callable[[Path], Path] = save_cnn) -> Path:
+    data = {"image": normal(16, 3, 16, 16)} if save is save_cnn else {"x": normal(16, 64)}
+    context = context_of(tmp_path, [data])
+    model = onnx.load(save(tmp_path / "model.onnx"))
+    for exact in (Sanitize(), Fuse()):
+        model = exact.run(model, context).model
+    save_model(step.run(model, context).model, tmp_path / "int8.onnx")
+    return tmp_path / "int8.onnx"
+
+
+@rtx
+def test_symmetric_int8_builds(tmp_path: Path) -> None:
+    model = quantized(tmp_path, Int8Static("int8-static-tensorrt", target="tensorrt"))
+    assert build_engine(model, CNN, tmp_path / "int8.plan", RTX).plan_bytes > 1000
+
+
+@rtx
+@pytest.mark.parametrize(
+    ("save", "shapes", "reason"),
+    [
+        (save_cnn, CNN, r"DequantizeLinear.* has type Int32 but must have type"),  # biases
+        (save_mlp, MLP, r"QuantizeLinear.* Non-zero zero point is not supported"),  # activations
+    ],
+)
+def test_int8_for_cpus_is_refused_with_the_reason_of_the_parser(
+    tmp_path: Path, save: Callable[[Path], Path], shapes: Profile, reason: str
+) -> None:
+    model = quantized(tmp_path, Int8Static(), save)
+    with pytest.raises(EngineBuildError, match=rf"cannot read .*int8\.onnx: .*{reason}") as refusal:
+        build_engine(model, shapes, tmp_path / "int8.plan", RTX)
+    assert "cudaError" not in str(refusal.value)
+
+
+@rtx
+@pytest.mark.parametrize(
+    ("shapes", "reason"),
+    [
+        (Profile({}, {}, {}), r"no shapes for 'x' \[-1, 64\]"),
+        (profile("z", 64), r"the profile names \['z'\]; the model takes \['x'\]"),
+        (profile("x", 64, 2), r"has shapes .*; the model takes \[-1, 64\]"),
+        (profile("x", 65), "fixed sizes must stay"),
+        (Profile({"x": (8, 64)}, {"x": (1, 64)}, {"x": (32, 64)}), "minimum <= optimum <= maximum"),
+        (Profile({"x": (0, 64)}, {"x": (1, 64)}, {"x": (32, 64)}), "minimum <= optimum <= maximum"),
+        (Profile({}, {"x": (8, 64)}, {"x": (32, 64)}), r"has shapes \[\(\)"),
+    ],
+)
+def test_a_profile_that_does_not_fit_is_refused(tmp_path: Path, shapes: Profile, reason: str) -> None:
+    with pytest.raises(EngineBuildError, match=reason):
+        build_engine(save_mlp(tmp_path / "model.onnx"), shapes, tmp_path / "model.plan", RTX)
+
+
+@rtx
+def test_several_inputs_need_shapes_each(tmp_path: Path) -> None:
+    model = save_two_inputs(tmp_path / "model.onnx")
+    both = Profile(*(dict.fromkeys("ab", (rows, 4)) for rows in (1, 8, 32)))
+    assert build_engine(model, both, tmp_path / "model.plan", RTX).plan_bytes > 0
+    with pytest.raises(EngineBuildError, match="no shapes for 'b'"):
+        build_engine(model, profile("a", 4), tmp_path / "model.plan", RTX)
+
+
+@rtx
+def test_files_that_are_no_models_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(EngineBuildError, match=r"none\.onnx is missing"):
+        build_engine(tmp_path / "none.onnx", MLP, tmp_path / "model.plan", RTX)
+    for content in (b"", b"no model at all " * 10):
+        (tmp_path / "text.onnx").write_bytes(content)
+        with pytest.raises(EngineBuildError, match=r"cannot read .*text\.onnx"):
+            build_engine(tmp_path / "text.onnx", MLP, tmp_path / "model.plan", RTX)
+    with pytest.raises(EngineBuildError, match=r"cannot read .*strings\.onnx"):
+        build_engine(save_strings(tmp_path / "strings.onnx"), Profile({}, {}, {}), tmp_path / "model.plan", RTX)
+    assert not (tmp_path / "model.plan").exists()
+
+
+@rtx
+def test_progress_is_reported_in_shares(tmp_path: Path) -> None:
+    seen: list[tuple[str, float]] = []
+
+    def observe(phase: str, share: float) -> bool:
+        seen.append((phase, share))
+        return True
+
+    build_engine(save_mlp(tmp_path / "model.onnx"), MLP, tmp_path / "model.plan", RTX, observe)
+    assert len({phase for phase, _ in seen}) > 2
+    assert all(0 < share <= 1 for _, share in seen)
+    assert max(share for _, share in seen) == 1
+
+
+@rtx
+def test_a_build_can_be_cancelled_and_leaves_the_old_plan(tmp_path: Path) -> None:
+    (tmp_path / "model.plan").write_bytes(b"the old one")
+    with pytest.raises(EngineBuildError, match="cancelled"):
+        build_engine(save_mlp(tmp_path / "model.onnx"), MLP, tmp_path / "model.plan", RTX, lambda _phase, _share: False)
+    assert (tmp_path / "model.plan").read_bytes() == b"the old one"
+    assert {path.name for path in tmp_path.iterdir()} == {"model.onnx", "model.plan"}
+
+
+@rtx
+def test_builds_share_one_logger_and_say_nothing_above_debug(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "optimizers.engine"):
+        for name in ("a", "b"):
+            build_engine(save_mlp(tmp_path / "model.onnx"), MLP, tmp_path / f"{name}.plan", RTX)
+    assert caplog.records == []
+
+
+def test_a_builder_that_is_not_installed_names_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> None:
+        raise ImportError(f"no module {name}")
+
+    model = save_mlp(tmp_path / "model.onnx")
+    monkeypatch.setattr("optimizers.engine.importlib.import_module", missing)
+    with pytest.raises(EngineBuildError, match=r"pip install 'slipstream-server\[gpu\]' or 'slipstream-server\[rtx\]'"):
+        build_engine(model, MLP, tmp_path / "model.plan")
+    with pytest.raises(
+        EngineBuildError, match=r"no module tensorrt\. Install one: pip install 'slipstream-server\[gpu\]'"
+    ):
+        build_engine(model, MLP, tmp_path / "model.plan", EngineOptions(flavour="tensorrt"))
+    assert available_flavour() is None
+
+
+def test_a_library_that_does_not_load_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(name: str) -> None:
+        raise OSError("libnvinfer.so.10: cannot open shared object file")
+
+    monkeypatch.setattr("optimizers.engine.importlib.import_module", broken)
+    with pytest.raises(EngineBuildError, match=r"tensorrt: libnvinfer\.so\.10: cannot open"):
+        build_engine(save_mlp(tmp_path / "model.onnx"), MLP, tmp_path / "model.plan", EngineOptions(flavour="tensorrt"))

@@ -21,6 +21,9 @@ from server.golden import sqnr_db
 from server.tensors import Array, Tensors
 
 CLOSE_RTOL = 1e-2
+LEAST_NEIGHBOURS = 3
+"""With two samples each is the other's nearest neighbour, whatever the embedding."""
+
 _UNIT_NORM_TOLERANCE = 1e-3
 _TIE = 1e-6
 _Z95 = 1.959964
@@ -52,7 +55,8 @@ def decision_for(reference: Tensors) -> str:
     """
     if _scores(reference) is not None:
         return "top1"
-    if _embedding(reference) is not None:
+    embedding = _embedding(reference)
+    if embedding is not None and len(embedding) >= LEAST_NEIGHBOURS:
         return "nearest_neighbour"
     return "top1" if _labels(reference) else "close"
 
@@ -214,8 +218,8 @@ def _same_bits(reference: Array, candidate: Array) -> Array:
 
 def _same_neighbours(reference: Array, candidate: Array) -> Array:
     """Compare nearest neighbours; a neighbour that ties with the original's (duplicates) counts as the same."""
-    if len(reference) < 3:
-        raise PassFailed(f"nearest neighbours need at least 3 held-out samples, there are {len(reference)}")
+    if len(reference) < LEAST_NEIGHBOURS:
+        raise PassFailed(f"nearest neighbours need {LEAST_NEIGHBOURS} held-out samples, there are {len(reference)}")
     original, seen = _similarities(reference), _similarities(candidate)
     chosen = np.take_along_axis(original, seen.argmax(axis=1)[:, None], axis=1)[:, 0]
     return np.asarray(chosen >= original.max(axis=1) - _TIE)

@@ -157,7 +157,7 @@ def race(
     """
     plan = plan or RacePlan()
     cost_s = {(name, rows): _warm_up(sessions[name], batch) for rows, batch in batches.items() for name in sessions}
-    rounds = _rounds_per_size(cost_s, sorted(batches), plan)
+    rounds = _rounds_per_size(cost_s, sorted(batches), plan, pauses=not spinning.isdisjoint(sessions))
     samples: dict[Cell, list[Sample]] = {cell: [] for cell in cost_s}
     generator = np.random.default_rng(plan.seed)
     total = max(rounds.values())
@@ -197,16 +197,21 @@ def _warm_up(session: Runner, batch: Tensors) -> float:
     return fastest
 
 
-def _rounds_per_size(cost_s: Mapping[Cell, float], sizes: Sequence[int], plan: RacePlan) -> dict[int, int]:
+def _rounds_per_size(
+    cost_s: Mapping[Cell, float], sizes: Sequence[int], plan: RacePlan, *, pauses: bool
+) -> dict[int, int]:
     """Share the budget: an equal part for each batch size, so that small ones get many rounds and large ones few."""
-    part_s = plan.budget_s / len(sizes)
+    part_s, most = plan.budget_s / len(sizes), plan.max_rounds
+    if pauses:
+        # Every round ends with a pause; pauses may take half of the budget.
+        most = min(most, max(plan.min_rounds, int(plan.budget_s / 2 / plan.settle_s)))
     rounds = {}
     for size in sizes:
         round_s = sum(max(cost, plan.sample_s) for (_, rows), cost in cost_s.items() if rows == size)
         affordable = int(part_s / round_s)
         # Small batches matter most for the verdict: they may overdraw their part threefold to reach min_rounds.
         least = plan.min_rounds if affordable * 3 >= plan.min_rounds else plan.least_rounds
-        rounds[size] = min(max(affordable, least), plan.max_rounds)
+        rounds[size] = min(max(affordable, least), most)
     return rounds
 
 

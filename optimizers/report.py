@@ -27,8 +27,8 @@ REPORT_JSON = "report.json"
 REPORT_HTML = "report.html"
 ORIGINAL = "original"
 
-# Okabe and Ito's palette: told apart by colour-blind readers, on light and on dark pages.
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+# Mostly Okabe and Ito's palette: told apart by colour-blind readers, on light and on dark pages.
+_COLOURS = ("#7f7f7f", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#d55e00", "#56b4e9", "#8c6bb1")
 _METADATA = re.compile(r"<metadata>.*?</metadata>", re.DOTALL)
 _INK = "#123456"
 """Stands for the page's text colour while matplotlib draws; replaced by ``currentColor`` afterwards."""
@@ -241,28 +241,38 @@ def _draw_fidelity(axes: Axes, report: Report) -> None:
     low = min([report.gate.min_agreement, *(c.fidelity.agreement_low for c in points if c.fidelity)])
     floor = max(low - 0.1 * (1 - low) - 0.002, 0)
     speeds = [_mean(c.against_exact) for c in points] or [1.0]
-    left, right = min(0.9, *speeds) * 0.9, max(1.3, *speeds) * 1.12
+    left, right = min(0.9, *speeds) * 0.9, max(1.3, *speeds) * 1.3
     axes.set(xlim=(left, right), ylim=(floor, 1 + 0.06 * (1 - floor)))
     axes.fill_between([1, right], report.gate.min_agreement, 1 + 0.06 * (1 - floor), color="#009e73", alpha=0.10, lw=0)
     axes.axhline(report.gate.min_agreement, color=_INK, lw=1, ls=":")
     axes.axvline(1, color=_INK, lw=1, ls=":")
-    for record in points:
-        _draw_point(axes, record, colours[record.name])
     axes.set(
         xlabel="speed-up over exact FP32, same threads", ylabel="agreement with the original (bar: 95 % lower bound)"
     )
+    boxes: list[tuple[float, float, float, float]] = []
+    for record in points:
+        _draw_point(axes, record, colours[record.name], boxes)
 
 
-def _draw_point(axes: Axes, record: CandidateRecord, colour: str) -> None:
+def _draw_point(
+    axes: Axes, record: CandidateRecord, colour: str, boxes: list[tuple[float, float, float, float]]
+) -> None:
+    """Draw one candidate; its name goes to the first place around the point that no other name has taken."""
     evidence, speed = record.fidelity, _mean(record.against_exact)
     if evidence is None:
         return
     axes.plot([speed, speed], [evidence.agreement_low, evidence.agreement], color=colour, lw=1.4, alpha=0.7)
     filled = colour if record.verdict == "served" else "none"
-    axes.plot([speed], [evidence.agreement], "o", ms=9, mfc=filled, mec=colour, mew=2)
-    axes.annotate(
-        record.name, (speed, evidence.agreement), textcoords="offset points", xytext=(8, -13), color=_INK, fontsize=9
-    )
+    axes.plot([speed], [evidence.agreement], "o", ms=8, mfc=filled, mec=colour, mew=2)
+    x, y = axes.transData.transform((speed, evidence.agreement)) * 72 / axes.figure.dpi  # in points, as offsets are
+    width, height = 5.2 * len(record.name), 11
+    for rise in (-4, 8, -16, 20, -28, 32):
+        box = (x, y + rise, x + width, y + rise + height)
+        if not any(box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in boxes):
+            break
+    boxes.append(box)
+    point = (speed, evidence.agreement)
+    axes.annotate(record.name, point, (9, rise), textcoords="offset points", color=_INK, fontsize=9)
 
 
 def _mean(speeds: Sequence[Speed]) -> float:

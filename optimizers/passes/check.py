@@ -17,7 +17,7 @@ from server.artifact import SessionOptions
 from server.errors import SlipstreamError
 from server.providers import Device
 from server.session import Session
-from server.tensors import Array, Tensors
+from server.tensors import Array, Signature, Tensors
 
 # Relative to the element, and to the largest element of its tensor. FP32 carries 1.2e-7; folding a weight rounds once
 # more per layer, and cancellation makes small elements of a tensor as inexact as its large ones.
@@ -70,8 +70,7 @@ def require_equivalent(
     """
     try:
         check(result.model)
-        if (before := signature_of(model)) != (after := signature_of(result.model)):
-            raise PassFailed(f"the signature changed from {before} to {after}")
+        _require_signature(signature_of(model), signature_of(result.model))
         expected = answers(model, batches, work)
         options = SessionOptions(intra_op_threads=0, graph_level="disable", config=result.options.config)
         seen = answers(result.model, batches, work, options)
@@ -104,6 +103,15 @@ def difference(reference: Tensors, candidate: Tensors, effect: Effect) -> str:
         if reason:
             return f"output '{name}' {reason}"
     return ""
+
+
+def _require_signature(before: Signature, after: Signature) -> None:
+    old, new = (*before.inputs, *before.outputs), (*after.inputs, *after.outputs)
+    if [spec.name for spec in old] != [spec.name for spec in new]:
+        raise PassFailed(f"inputs and outputs are {[s.name for s in new]}, were {[s.name for s in old]}")
+    for was, is_ in zip(old, new, strict=True):
+        if was != is_:
+            raise PassFailed(f"'{was.name}' is {is_.datatype}{list(is_.shape)}, was {was.datatype}{list(was.shape)}")
 
 
 def _float_difference(expected: Array, seen: Array, effect: Effect) -> str:

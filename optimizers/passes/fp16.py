@@ -13,6 +13,7 @@ from optimizers.errors import PassFailed
 from optimizers.graph import weight_bytes
 from optimizers.passes import Effect, PassContext, PassResult, copy_of
 from optimizers.passes.activations import float_tensors, largest_magnitudes
+from optimizers.passes.settle import settle
 
 LARGEST_FP16 = 65504.0
 LARGEST_OBSERVED = LARGEST_FP16 / 4
@@ -47,6 +48,7 @@ class Fp16:
             raise PassFailed(f"onnxruntime's FP16 converter fails: {exc}") from exc
         bridge_casts(half)
         half = ir.to_proto(TopologicalSortPass()(ir.from_proto(half)).model)  # casts of inputs stand last
+        settle(half, model)
         converted = before - _fp32_weights(half)
         if converted <= 0:
             raise PassFailed(

@@ -14,6 +14,8 @@ from optimizers.host import HostFacts
 from optimizers.passes import copy_of
 from optimizers.passes.opset import OLDEST_OPSET
 from optimizers.passes.settle import settle
+from server.artifact import SessionOptions
+from server.providers import EXACT_PRODUCTS
 
 WEIGHTED_OPS = frozenset({"MatMul", "Gemm", "Conv"})
 DEFAULT_TENSOR_TYPE = {"DefaultTensorType": onnx.TensorProto.FLOAT}
@@ -26,10 +28,15 @@ def reduced_range(host: HostFacts) -> bool:
     x86 without an INT8 dot product multiplies UINT8 by INT8 and adds two neighbours in 16 bits, which saturates:
     2 x 255 x 127 exceeds 32767. onnxruntime's quantizer keeps reduced weights within 64, and 2 x 255 x 64 = 32640 fits.
 
-    The alternative, the session entry ``session.x64quantprecision``, makes weights UINT8 when the session opens. It is
-    right everywhere, but gives up the dot product on the CPUs that have it: measured 1.5 to 2.5 times slower there.
+    Weights made on a CPU with the dot product have 8 bits. When such a model is opened on one without, the server asks
+    for exact products (``server.providers.saturates_int8``), which is right, but slower.
     """
     return host.arch in ("x86_64", "AMD64") and not host.has_int8_dot
+
+
+def int8_options(host: HostFacts) -> SessionOptions:
+    """Return how to open an INT8 model made on this CPU: 7-bit weights do not need the slower exact products."""
+    return SessionOptions(config={EXACT_PRODUCTS: "0"}) if reduced_range(host) else SessionOptions()
 
 
 def weighted_nodes(model: onnx.ModelProto, op_types: frozenset[str]) -> list[onnx.NodeProto]:

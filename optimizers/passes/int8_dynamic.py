@@ -10,7 +10,8 @@ from onnxruntime.quantization import QuantType, quantize_dynamic
 from optimizers.errors import PassFailed
 from optimizers.graph import load_model
 from optimizers.passes import Effect, PassContext, PassResult
-from optimizers.passes.int8 import DEFAULT_TENSOR_TYPE, prepared, reduced_range, weighted_nodes
+from optimizers.passes.int8 import DEFAULT_TENSOR_TYPE, int8_options, prepared, reduced_range, weighted_nodes
+from optimizers.passes.settle import settle
 
 _OPS = frozenset({"MatMul", "Gemm"})
 
@@ -49,8 +50,10 @@ class Int8Dynamic:
                 raise PassFailed(f"onnxruntime's quantizer fails: {exc}") from exc
             quantized = load_model(target)
         quantized.ir_version = model.ir_version
+        settle(quantized, model)
         count = sum(node.op_type == "MatMulInteger" for node in quantized.graph.node)
         if count == 0:
             raise PassFailed("onnxruntime's quantizer left every MatMul and Gemm in FP32")
         note = f"{'7' if reduce else '8'}-bit weights, per channel"
-        return PassResult(quantized, changed=True, counts={"quantized": count}, note=note)
+        options = int8_options(context.host)
+        return PassResult(quantized, changed=True, counts={"quantized": count}, note=note, options=options)

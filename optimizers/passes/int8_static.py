@@ -23,10 +23,13 @@ from optimizers.passes.activations import Range, float_tensors, minmax_ranges, p
 from optimizers.passes.int8 import (
     DEFAULT_TENSOR_TYPE,
     WEIGHTED_OPS,
+    int8_options,
     prepared,
     reduced_range,
     weighted_nodes,
 )
+from optimizers.passes.settle import settle
+from server.artifact import SessionOptions
 
 # Operators that only move or clip values: behind a convolution, INT8 keeps the chain free of conversions.
 _CHAINED_OPS = frozenset({"Add", "AveragePool", "Clip", "GlobalAveragePool", "MaxPool", "Relu"})
@@ -64,11 +67,13 @@ class Int8Static(msgspec.Struct, frozen=True):
         with tempfile.TemporaryDirectory(dir=context.work) as folder:
             quantized = self._quantize(ready, ranges, context, Path(folder))
         quantized.ir_version = model.ir_version
+        settle(quantized, model)
         count = sum(node.op_type == "QuantizeLinear" for node in quantized.graph.node)
         if count == 0:
             raise PassFailed("onnxruntime's quantizer left every operator in FP32")
         counts = {"quantized": len(weighted_nodes(model, WEIGHTED_OPS)), "+QuantizeLinear": count}
-        return PassResult(quantized, changed=True, counts=counts, note=self._note(context))
+        options = int8_options(context.host) if self.target == "cpu" else SessionOptions()
+        return PassResult(quantized, changed=True, counts=counts, note=self._note(context), options=options)
 
     def _ranges(self, model: onnx.ModelProto, context: PassContext) -> dict[str, Range]:
         tensors = float_tensors(model, WEIGHTED_OPS | _CHAINED_OPS)

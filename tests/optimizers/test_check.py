@@ -66,7 +66,15 @@ def test_a_renamed_axis_is_refused(tmp_path: Path) -> None:
     model = onnx.load(save_mlp(tmp_path / "model.onnx"))
     renamed = copy_of(model)
     renamed.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "n"
-    with pytest.raises(PassFailed, match="the signature changed"):
+    with pytest.raises(PassFailed, match=r"'x' is FP32\['n', 64\], was FP32\['batch', 64\]"):
+        require_equivalent(model, PassResult(renamed, changed=True), "exact", [{"x": normal(2, 64)}], tmp_path)
+
+
+def test_a_renamed_output_is_refused(tmp_path: Path) -> None:
+    model = onnx.load(save_mlp(tmp_path / "model.onnx"))
+    renamed = copy_of(model)
+    renamed.graph.output[0].name = renamed.graph.node[-1].output[0] = "z"
+    with pytest.raises(PassFailed, match=r"inputs and outputs are \['x', 'z'\], were \['x', 'y'\]"):
         require_equivalent(model, PassResult(renamed, changed=True), "exact", [{"x": normal(2, 64)}], tmp_path)
 
 

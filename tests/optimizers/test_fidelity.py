@@ -27,6 +27,7 @@ def test_wilson_matches_published_values():
 def test_decision_follows_the_outputs():
     assert decision_for({"logits": scores()}) == "top1"
     assert decision_for({"embedding": embeddings()}) == "nearest_neighbour"
+    assert decision_for({"embedding": embeddings(2)}) == "close"
     assert decision_for({"embedding": embeddings(), "logits": scores(50)}) == "top1"
     assert decision_for({"price": scores(classes=1)}) == "close"
     assert decision_for({"mask": np.zeros((4, 2, 8, 8), np.float32)}) == "close"

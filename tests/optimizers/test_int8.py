@@ -16,6 +16,7 @@ from optimizers.passes.int8_dynamic import Int8Dynamic
 from optimizers.passes.int8_static import Int8Static, chained_nodes
 from optimizers.passes.sanitize import Sanitize
 from server.artifact import SessionOptions
+from server.providers import EXACT_PRODUCTS
 from tests.models import save_cnn, save_mlp, save_two_inputs
 from tests.optimizers.graphs import NODE, WITH_DOT, WITHOUT_DOT, context_of, model_of, normal, weights_of
 
@@ -130,10 +131,14 @@ def test_the_emitted_model_is_right_on_this_host(tmp_path: Path, step: Int8Stati
     assert np.abs(seen - expected).max() < 0.01 * np.abs(expected).max()
 
 
-def test_no_session_entry_gives_up_the_dot_product(tmp_path: Path, mlp: onnx.ModelProto) -> None:
-    # session.x64quantprecision makes weights UINT8 even where INT8 would be exact, and that is slower than FP32 here.
-    for step in (STATIC, DYNAMIC):
-        assert step.run(mlp, context_of(tmp_path, batches("x", 64))).options.config == {}
+@pytest.mark.parametrize("step", [STATIC, DYNAMIC], ids=["static", "dynamic"])
+def test_only_seven_bit_weights_do_without_exact_products(
+    tmp_path: Path, mlp: onnx.ModelProto, step: Int8Static | Int8Dynamic
+) -> None:
+    data = batches("x", 64)
+    assert step.run(mlp, context_of(tmp_path, data, WITHOUT_DOT)).options.config == {EXACT_PRODUCTS: "0"}
+    # Full-range weights leave the choice to the server, which knows the CPU that it runs on.
+    assert step.run(mlp, context_of(tmp_path, data, WITH_DOT)).options.config == {}
 
 
 # Dynamic
@@ -214,6 +219,12 @@ def test_only_what_follows_convolutions_alone_joins_their_chain() -> None:
     weights = {"w": normal(3, 3, 1, 1), "low": np.array(0, np.float32)}
     model = model_of(nodes, {"x": ["n", 3, 4, 4]}, {"r": ["n", 3, 4, 4]}, weights)
     assert chained_nodes(model) == ["clip", "residual", "pool"]
+
+
+def test_activations_between_convolutions_are_quantized(tmp_path: Path, cnn: onnx.ModelProto) -> None:
+    counts = op_counts(STATIC.run(cnn, context_of(tmp_path, batches("image", 3, 16, 16))).model)
+    assert "Relu" not in counts  # it became the lower end of the range of UINT8
+    assert counts["QuantizeLinear"] == 4  # the image, the convolution, the pooling, and the input of the dense layer
 
 
 def test_activations_between_dense_layers_stay_float(tmp_path: Path, mlp: onnx.ModelProto) -> None:

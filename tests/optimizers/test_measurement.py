@@ -94,6 +94,12 @@ def test_sessions_that_spin_run_in_a_block_of_their_own_followed_by_a_pause(cloc
         assert spinning in ([0, 1], [4, 5])
 
 
+def test_pauses_take_at_most_half_of_the_budget(clock: Clock):
+    plan = RacePlan(budget_s=2.0, settle_s=0.05, max_rounds=60)
+    race({"original": Worker("original", clock, 0.001, [])}, {1: BATCHES[1]}, frozenset({"original"}), plan)
+    assert clock.pauses == 20
+
+
 def test_speedups_are_paired_by_round():
     # Noise that hits both sessions of a round alike leaves the ratio alone.
     noise = np.random.default_rng(0).uniform(1, 10, 30)

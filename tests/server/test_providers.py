@@ -10,7 +10,16 @@ import pytest
 from server import providers
 from server.artifact import SessionOptions
 from server.errors import ArtifactError, EnvironmentConflict, ProviderUnavailable
-from server.providers import CPU, PROBE_MODEL, Device, check_environment, open_ort_session, usable_cores, usable_devices
+from server.providers import (
+    CPU,
+    PROBE_MODEL,
+    Device,
+    check_environment,
+    open_ort_session,
+    saturates_int8,
+    usable_cores,
+    usable_devices,
+)
 
 GPU_BUILD = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
 
@@ -261,6 +270,42 @@ def test_session_options_are_handed_over(mlp: Path):
     assert seen.get_session_config_entry("session.intra_op.allow_spinning") == "1"
     quiet = open_ort_session(mlp, CPU, SessionOptions()).get_session_options()
     assert quiet.get_session_config_entry("session.intra_op.allow_spinning") == "0"
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "saturates"),
+    [
+        ("flags\t\t: fpu avx2 avx512f", True),
+        ("flags\t\t: fpu avx2 avx512f avx512_vnni", False),
+        ("flags\t\t: fpu avx2 avx_vnni", False),
+        ("Features\t: fp asimd asimddp", False),
+        ("", False),
+    ],
+)
+def test_x86_without_int8_dot_product_saturates(tmp_path: Path, cpuinfo: str, saturates: bool):
+    file = tmp_path / "cpuinfo"
+    file.write_text(f"processor\t: 0\n{cpuinfo}\n")
+    assert saturates_int8(file) is saturates
+    assert not saturates_int8(tmp_path / "missing")
+
+
+@pytest.mark.parametrize("saturates", [True, False])
+def test_exact_int8_products_are_asked_for_where_the_cpu_would_saturate(
+    mlp: Path, monkeypatch: pytest.MonkeyPatch, saturates: bool
+):
+    monkeypatch.setattr(providers, "saturates_int8", lambda: saturates)
+    seen = open_ort_session(mlp, CPU, SessionOptions()).get_session_options()
+    assert _has_entry(seen, providers.EXACT_PRODUCTS, "1") is saturates
+    # A variant whose weights cannot saturate says so, and that wins.
+    own = SessionOptions(config={providers.EXACT_PRODUCTS: "0"})
+    assert _has_entry(open_ort_session(mlp, CPU, own).get_session_options(), providers.EXACT_PRODUCTS, "0")
+
+
+def _has_entry(options: onnxruntime.SessionOptions, key: str, value: str) -> bool:
+    try:
+        return options.get_session_config_entry(key) == value
+    except RuntimeError:  # no such entry
+        return False
 
 
 def test_unknown_graph_level_names_the_allowed_ones(mlp: Path):

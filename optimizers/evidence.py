@@ -85,7 +85,7 @@ def run_batched(session: Runner, singles: Sequence[Tensors], rows: int, workers:
     return {name: np.concatenate([answer[name] for answer in answers])[: len(singles)] for name in answers[0]}
 
 
-def prove_batching(session: Runner, signature: Signature, held_out: HeldOut, rows: int) -> Batching:
+def prove_batching(session: Runner, signature: Signature, held_out: HeldOut, rows: int, workers: int = 1) -> Batching:
     """Find out whether rows of different requests may share a run, by running the original batched against singly.
 
     Args:
@@ -93,11 +93,12 @@ def prove_batching(session: Runner, signature: Signature, held_out: HeldOut, row
         signature: Its signature.
         held_out: Samples with the original's single answers.
         rows: The batch size to prove, also the largest that will be served.
+        workers: Batches that run at a time.
     """
     if not _has_batch_axis(signature):
         return Batching(False, "axis 0 of the inputs and outputs is not one shared variable axis", 1)
     try:
-        batched = run_batched(session, held_out.singles, rows)
+        batched = run_batched(session, held_out.singles, rows, workers)
         agreement = compare(held_out.reference, batched, held_out.decision).agreement
     except (PassFailed, InferenceFailed) as exc:
         return Batching(False, f"a batch of {rows} fails: {exc}", 1)

@@ -169,7 +169,7 @@ class _Run:
         try:
             reference = run_singly(session, singles, self.host.cores)
             held_out = HeldOut(singles, reference, decision_for(reference), samples.labels)
-            batching = prove_batching(session, signature, held_out, max(self.recipe.batch_rows))
+            batching = prove_batching(session, signature, held_out, max(self.recipe.batch_rows), self.host.cores)
             return _Original(held_out, batching, golden_of(session, held_out, batchable=batching.batchable))
         finally:
             session.close()

@@ -7,7 +7,8 @@ The rules, in order:
    bound is reported beside it), and the accuracy, when labels are given, may drop by ``max_accuracy_drop``.
 3. Speed. A lossy candidate must be *faster* than the best exact FP32 form with the same number of threads (so that a
    change of the thread count is not mistaken for an optimization): faster at one of ``DECIDING_ROWS``, slower at none,
-   each time by an interval that excludes 1.
+   each time by an interval that excludes 1, and by ``LEAST_GAIN`` on (geometric) average: less is no reason to give up
+   exactness, and changes from run to run.
 4. The served variants: the lossy ones, the fastest first, then FP32, which is always kept as the fallback.
 5. Threads. A served variant gets all usable cores instead of one thread when that is faster by rule 3 and costs at most
    ``MAX_CPU_RATIO`` of the CPU time per row: beyond that, the same cores answer more requests with one thread each.
@@ -23,6 +24,7 @@ from optimizers.measurement import Verdict as Speed
 from server.artifact import Fidelity
 
 DECIDING_ROWS = (1, 8)
+LEAST_GAIN = 1.1
 MAX_CPU_RATIO = 1.25
 NO_DATA = "no data: nothing can be proven; give --calibration DATA.npz"
 
@@ -154,6 +156,9 @@ def judge(candidate: Candidate, gate: Gate, speed: Sequence[Comparison]) -> Verd
         return Verdict(True, f"exact; {seen} against the untouched model")
     if speed_of(speed) != "faster":
         return Verdict(False, f"not faster than exact FP32: {seen}")
+    gain = mean_speedup(speed)
+    if gain < LEAST_GAIN:
+        return Verdict(False, f"not faster enough than exact FP32: {gain:.2f}x on average < {LEAST_GAIN}x; {seen}")
     return Verdict(True, f"faithful, and faster than exact FP32: {seen}")
 
 

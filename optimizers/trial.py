@@ -196,12 +196,9 @@ def _tune(
     served = [_served(second, (ORIGINAL, 0), ORIGINAL, chosen=True)]
     choices, chosen = [], []
     for name in kept:
-        pairs = [
-            c
-            for key in entrants
-            if key == (name, plan.cores) and plan.cores > 1
-            for c in _against(second, _label(*key), _label(name, 1))
-        ]
+        many = (name, plan.cores)
+        alternative = plan.cores > 1 and many in entrants
+        pairs = _against(second, _label(*many), _label(name, 1)) if alternative else ()
         choice = choose_threads(served_name(name), plan.cores, pairs)
         choices.append(choice)
         served += [

@@ -76,7 +76,7 @@ def test_nearest_neighbour_survives_rotation_but_not_shuffling():
 
 
 def test_duplicates_tie_as_nearest_neighbours():
-    reference = np.repeat(embeddings(5), 3, axis=0)
+    reference = np.repeat(embeddings(5), 3, axis=0) + 1e-4 * scores(15, 16, seed=3)
     noise = 1e-4 * scores(15, 16, seed=4)
     assert compare({"e": reference}, {"e": reference + noise}, "nearest_neighbour").agreement == 1.0
 

@@ -57,6 +57,12 @@ def test_lossy_candidate_that_is_not_faster_is_refused_with_numbers():
     assert not judge(Candidate("int8", fidelity=evidence()), GATE, [speed(1.01)]).kept
 
 
+def test_small_gain_is_no_reason_to_give_up_exactness():
+    small = judge(Candidate("int8", fidelity=evidence()), GATE, [speed(1.01), speed(1.12, 8)])
+    assert not small.kept
+    assert small.reason.startswith("not faster enough than exact FP32: 1.06x on average < 1.1x; 1.01x (0.98-1.04)")
+
+
 def test_nothing_is_proven_without_data():
     assert "no data" in judge(Candidate("int8"), GATE, [speed(2.0)]).reason
 

@@ -1,0 +1,201 @@
+"""The whole pipeline on real models: what is written, what is found again, and what a failure leaves behind."""
+
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+
+from optimizers import pipeline
+from optimizers.errors import CalibrationError, OptimizerError
+from optimizers.pipeline import existing, optimize
+from optimizers.recipe import Recipe
+from optimizers.report import Report, read_report
+from optimizers.request import OptimizeRequest
+from server.artifact import Artifact, read_artifact, read_golden
+from server.errors import ArtifactError
+from server.golden import require_golden
+from server.providers import CPU
+from server.session import Session
+from tests import models
+from tests.optimizers.test_isolation import Crash, Damage
+
+ROWS = (1, 8)
+RECIPE = Recipe(batch_rows=ROWS, calibration_samples=32, holdout_samples=64, min_agreement=0.9, devices=("cpu",))
+EXACT_ONLY = msgspec.structs.replace(RECIPE, precisions=("fp32",))
+
+
+def request_for(model: Path, repository: Path, **fields: object) -> OptimizeRequest:
+    return OptimizeRequest(**{
+        "model": model, "repository": repository, "name": "mlp", "recipe": EXACT_ONLY, "time_budget_s": 0.1, **fields
+    })  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory: pytest.TempPathFactory) -> OptimizeRequest:
+    """A request with data and labels, for all precisions."""
+    folder = tmp_path_factory.mktemp("full")
+    model = models.save_mlp(folder / "mlp.onnx", hidden=256)
+    samples = np.random.default_rng(0).standard_normal((120, 64)).astype(np.float32)
+    np.savez(folder / "data.npz", x=samples)
+    session = Session(model, CPU, pipeline.SERVING)
+    np.savez(folder / "labels.npz", labels=session.run({"x": samples})["y"].argmax(axis=1))
+    return request_for(
+        model,
+        folder / "models",
+        recipe=RECIPE,
+        calibration=folder / "data.npz",
+        labels=folder / "labels.npz",
+        command="slipstream optimize mlp.onnx",
+    )
+
+
+@pytest.fixture(scope="module")
+def stages(full: OptimizeRequest) -> list[tuple[str, float]]:
+    """Optimize once for all tests of this module; return the stages that were reported."""
+    seen: list[tuple[str, float]] = []
+    optimize(full, lambda stage, share: seen.append((stage, share)))
+    return seen
+
+
+@pytest.fixture(scope="module")
+def artifact(full: OptimizeRequest, stages: list[tuple[str, float]]) -> Artifact:
+    return read_artifact(full.repository / "mlp" / "1")
+
+
+@pytest.fixture(scope="module")
+def report(artifact: Artifact) -> Report:
+    return read_report(artifact.folder)
+
+
+def test_artifact_is_complete_and_alone(artifact: Artifact, full: OptimizeRequest):
+    files = {path.name for path in artifact.folder.iterdir()}
+    assert {"manifest.json", "golden.npz", "report.json", "report.html"} <= files
+    assert [path.name for path in full.repository.iterdir()] == ["mlp"], "no temporary folder stays behind"
+    assert artifact.manifest is not None
+    assert artifact.manifest.batching.batchable
+    assert artifact.manifest.source.file == "mlp.onnx"
+
+
+def test_exact_fp32_is_always_served_as_the_last_resort(artifact: Artifact):
+    last = artifact.variants[-1]
+    assert (last.name, last.precision, last.provider) == ("fp32", "fp32", "cpu")
+
+
+def test_every_variant_reproduces_its_golden_outputs_and_carries_its_latency(artifact: Artifact):
+    golden = read_golden(artifact.folder)
+    assert len(golden.inputs["x"]) == 8
+    for variant in artifact.variants:
+        session = Session(artifact.folder / variant.file, CPU, variant.options)
+        assert require_golden(session, variant, golden) >= variant.golden_min_sqnr_db + 2.9
+        assert variant.latency is not None
+        assert variant.latency.rows == ROWS
+        assert variant.host
+
+
+def test_golden_outputs_are_those_of_the_untouched_file(artifact: Artifact, full: OptimizeRequest):
+    golden = read_golden(artifact.folder)
+    original = Session(full.model, CPU, pipeline.SERVING)
+    np.testing.assert_allclose(original.run(golden.inputs)["y"], golden.outputs["y"], rtol=1e-5, atol=1e-5)
+
+
+def test_report_tells_of_every_candidate_and_pass(report: Report):
+    candidates = {record.name: record for record in report.candidates}
+    assert {"original", "original-1thread", "fp32", "fp16", "int8-dynamic", "int8-static"} <= candidates.keys()
+    assert candidates["original"].verdict == "baseline"
+    for record in report.candidates:
+        assert record.reason
+        if record.name not in ("original", "original-1thread") and record.latency is not None:
+            assert record.fidelity is not None
+            assert record.fidelity.accuracy_original == 1.0
+            assert [speed.rows for speed in record.against_original] == list(ROWS)
+    assert {"sanitize", "simplify", "fp16", "int8-dynamic", "int8-static"} <= {step.name for step in report.passes}
+    assert (report.data.calibration, report.data.held_out, report.data.labels) == (32, 64, True)
+    assert report.command == "slipstream optimize mlp.onnx"
+
+
+def test_report_and_manifest_agree_on_what_is_served(report: Report, artifact: Artifact):
+    served = {record.name for record in report.candidates if record.verdict == "served"}
+    assert {name.replace("original-1thread", "fp32") for name in served} == {v.name for v in artifact.variants}
+    assert report.chosen == artifact.variants[0].name
+    for variant in artifact.variants[:-1]:
+        assert variant.fidelity is not None
+        assert variant.fidelity.agreement >= RECIPE.min_agreement
+
+
+def test_stages_are_told_and_never_go_back(stages: list[tuple[str, float]]):
+    shares = [share for _, share in stages]
+    assert shares == sorted(shares)
+    assert shares[-1] == 1.0
+    assert {"load", "latency race"} <= {stage for stage, _ in stages}
+
+
+def test_same_request_does_nothing(artifact: Artifact, full: OptimizeRequest, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(pipeline, "load_model", None)  # calling it would fail
+    assert existing(full) == artifact
+    assert optimize(full) == artifact
+    assert optimize(msgspec.structs.replace(full, version=1)) == artifact
+
+
+def test_version_is_never_changed(artifact: Artifact, full: OptimizeRequest):
+    other = msgspec.structs.replace(full, recipe=msgspec.structs.replace(RECIPE, seed=7), version=1)
+    with pytest.raises(ArtifactError, match="versions never change"):
+        optimize(other)
+    assert existing(msgspec.structs.replace(other, version=None)) is None
+
+
+def test_without_data_only_exact_variants_are_made_in_the_next_version(artifact: Artifact, full: OptimizeRequest):
+    made = optimize(msgspec.structs.replace(full, calibration=None, labels=None))
+    assert made.version == "2"
+    assert [variant.name for variant in made.variants] == ["fp32"]
+    records = {record.name: record for record in read_report(made.folder).candidates}
+    assert records["int8-static"].verdict == "refused"
+    assert "no samples; give --calibration" in records["int8-static"].reason
+    assert read_artifact(artifact.folder) == artifact
+
+
+def test_model_whose_rows_influence_each_other_is_measured_one_by_one(tmp_path: Path):
+    made = optimize(request_for(models.save_batch_mixing(tmp_path / "m.onnx"), tmp_path / "models"))
+    assert made.manifest is not None
+    assert not made.manifest.batching.batchable
+    assert made.variants[0].latency is not None
+    assert made.variants[0].latency.rows == (1,)
+    assert len(read_golden(made.folder).inputs["x"]) == 1
+
+
+def test_text_model_is_served_as_it_is(tmp_path: Path):
+    made = optimize(request_for(models.save_strings(tmp_path / "m.onnx"), tmp_path / "models"))
+    session = Session(made.folder / made.variants[0].file, CPU, made.variants[0].options)
+    assert require_golden(session, made.variants[0], read_golden(made.folder)) == 200
+
+
+def test_broken_passes_are_refused_and_the_run_goes_on(mlp: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(pipeline, "EXACT", (Crash(), Damage()))
+    made = optimize(request_for(mlp, tmp_path / "models"))
+    assert [variant.name for variant in made.variants] == ["fp32"]
+    passes = read_report(made.folder).passes
+    assert [step.status for step in passes] == ["refused", "refused"]
+    assert "signal 11" in passes[0].reason
+
+
+def test_failure_leaves_nothing_behind(mlp: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def fail(*_: object) -> None:
+        raise OptimizerError("the disk is full")
+
+    monkeypatch.setattr(pipeline, "run_trial", fail)
+    monkeypatch.setattr(pipeline, "EXACT", ())
+    with pytest.raises(OptimizerError, match="disk is full"):
+        optimize(request_for(mlp, tmp_path / "models"))
+    assert list((tmp_path / "models").iterdir()) == []
+
+
+def test_data_that_do_not_fit_end_the_run(mlp: Path, tmp_path: Path):
+    np.savez(tmp_path / "data.npz", wrong=np.zeros((20, 64), np.float32))
+    with pytest.raises(CalibrationError, match="wrong"):
+        optimize(request_for(mlp, tmp_path / "models", calibration=tmp_path / "data.npz"))
+
+
+@pytest.mark.parametrize("name", ["", ".hidden", "a/b", "..", "a b"])
+def test_name_that_cannot_be_served_is_refused(mlp: Path, tmp_path: Path, name: str):
+    with pytest.raises(OptimizerError, match="the name"):
+        optimize(request_for(mlp, tmp_path / "models", name=name))

@@ -1,0 +1,45 @@
+# Everything runs in .venv, which deploy/setup_venv.sh makes and keeps in step with pyproject.toml and constraints.txt.
+
+PORT ?= 8000
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help run test lint bench loadtest clean run-venv test-venv
+
+help:
+	@echo 'make run       optimize two real models and serve them on port $(PORT) (another one: make run PORT=8001)'
+	@echo 'make test      make lint, then the whole test suite (some of it: make test TESTS=tests/server)'
+	@echo 'make lint      ruff, mypy --strict and the layers'
+	@echo 'make bench     raw onnxruntime, this server and a plain FastAPI handler in one interleaved run (options: BENCH=)'
+	@echo 'make loadtest  Locust against a server that it starts; results in loadtests/results'
+	@echo 'make clean     remove .venv, caches, models and results'
+
+run: run-venv
+	@$(BIN)/python -m deploy.quickstart --port $(PORT)
+
+test: lint
+	@$(BIN)/python -m pytest $(TESTS)
+
+lint: test-venv
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: test-venv
+	@$(BIN)/python -m deploy.quickstart --no-serve
+	@$(BIN)/python -m benchmarks $(BENCH)
+
+loadtest: test-venv
+	@$(BIN)/python -m deploy.quickstart --no-serve
+	@$(BIN)/python -m loadtests.run $(LOADTEST)
+
+clean:
+	rm -rf .venv .cache models loadtests/results benchmarks/results
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info
+
+run-venv:
+	@deploy/setup_venv.sh run
+
+test-venv:
+	@deploy/setup_venv.sh test

@@ -1,0 +1,172 @@
+"""What is measured: models, their inputs as requests of every kind, and the check of the answers."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from benchmarks.generator import SeenAnswer
+from server.artifact import SessionOptions, read_artifact
+from server.providers import Device, open_ort_session, usable_cores
+from server.tensors import DATATYPE_OF_NUMPY, NUMPY_DTYPE, Array
+
+Row = dict[str, Array]
+TINY_FEATURES, TINY_CLASSES = 64, 10
+REQUESTS = 32
+
+
+class Workload(msgspec.Struct, frozen=True):
+    """One model with its requests.
+
+    Attributes:
+        name: The name that it is served under.
+        repository: Folder for ``slipstream serve``.
+        variant: Name of the variant that the server prefers.
+        model: File of that variant.
+        options: How the server opens it.
+        lanes: How many runs of it the server makes at a time.
+        rows: Different inputs, each with batch axis 0 of size 1.
+        expected: The session's own answer to each row, run alone.
+    """
+
+    name: str
+    repository: Path
+    variant: str
+    model: Path
+    options: SessionOptions
+    lanes: int
+    rows: list[Row]
+    expected: list[Row]
+
+
+def open_workload(repository: Path, name: str, rows: list[Row]) -> Workload:
+    """Read the newest version of a model in a repository and compute the expected answers."""
+    newest = max((path for path in (repository / name).iterdir() if path.name.isdecimal()), key=lambda p: int(p.name))
+    variant = next(variant for variant in read_artifact(newest).variants if variant.provider == "cpu")
+    path = newest / variant.file
+    session = open_ort_session(path, Device("cpu"), variant.options)
+    outputs = [node.name for node in session.get_outputs()]
+    expected = [dict(zip(outputs, session.run(None, row), strict=True)) for row in rows]
+    lanes = max(1, usable_cores() // (variant.options.intra_op_threads or usable_cores()))
+    return Workload(name, repository, variant.name, path, variant.options, lanes, rows, expected)
+
+
+def save_tiny(repository: Path) -> Workload:
+    """Write a net of two layers with 64 inputs and 10 outputs, small enough that HTTP is what it costs."""
+    rng = np.random.default_rng(0)
+    first = rng.standard_normal((TINY_FEATURES, TINY_FEATURES)).astype(np.float32) / 8
+    second = rng.standard_normal((TINY_FEATURES, TINY_CLASSES)).astype(np.float32) / 8
+    nodes = [
+        helper.make_node("MatMul", ["x", "first"], ["hidden"]),
+        helper.make_node("Relu", ["hidden"], ["active"]),
+        helper.make_node("MatMul", ["active", "second"], ["y"]),
+    ]
+    weights = [numpy_helper.from_array(first, "first"), numpy_helper.from_array(second, "second")]
+    inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", TINY_FEATURES])]
+    outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", TINY_CLASSES])]
+    graph = helper.make_graph(nodes, "tiny", inputs, outputs, weights)
+    path = repository / "tiny" / "1" / "model.onnx"
+    path.parent.mkdir(parents=True)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    rows = [{"x": rng.standard_normal((1, TINY_FEATURES)).astype(np.float32)} for _ in range(REQUESTS)]
+    return open_workload(repository, "tiny", rows)
+
+
+def read_rows(samples: Path, count: int = REQUESTS) -> list[Row]:
+    """Read the first samples of a calibration file as rows."""
+    with np.load(samples) as arrays:
+        inputs = {name: arrays[name][:count] for name in arrays.files}
+    return [{name: array[i : i + 1] for name, array in inputs.items()} for i in range(count)]
+
+
+def json_request(workload: Workload, row: Row) -> bytes:
+    """Return a complete request of the Open Inference Protocol with all tensors in JSON."""
+    body = {"inputs": [{**_described(name, array), "data": array.ravel().tolist()} for name, array in row.items()]}
+    return _post(_infer_path(workload), json.dumps(body).encode())
+
+
+def binary_request(workload: Workload, row: Row) -> bytes:
+    """Return the same request with binary tensors, asking for binary answers."""
+    inputs = [
+        {**_described(name, array), "parameters": {"binary_data_size": array.nbytes}} for name, array in row.items()
+    ]
+    head = json.dumps({"inputs": inputs, "parameters": {"binary_data_output": True}}).encode()
+    body = b"".join([head, *(array.tobytes() for array in row.values())])
+    return _post(_infer_path(workload), body, f"Inference-Header-Content-Length: {len(head)}\r\n")
+
+
+def plain_request(row: Row) -> bytes:
+    """Return the same row as ``benchmarks.plain_fastapi`` takes it."""
+    return _post("/predict", json.dumps({name: array.tolist() for name, array in row.items()}).encode())
+
+
+def read_answer(answer: SeenAnswer) -> Row:
+    """Decode an answer of any of the three kinds."""
+    body = json.loads(answer.body[: answer.json_length])
+    if "outputs" not in body:
+        return {name: np.array(values) for name, values in body.items()}
+    outputs, offset = {}, answer.json_length or 0
+    for entry in body["outputs"]:
+        dtype = NUMPY_DTYPE[entry["datatype"]]
+        if "data" in entry:
+            flat = np.array(entry["data"], dtype)
+        else:
+            size_bytes = entry["parameters"]["binary_data_size"]
+            flat = np.frombuffer(answer.body[offset : offset + size_bytes], dtype)
+            offset += size_bytes
+        outputs[entry["name"]] = flat.reshape(entry["shape"])
+    return outputs
+
+
+class AnswerCheck(msgspec.Struct, frozen=True):
+    """How the answers of one run compare with the session's own.
+
+    Attributes:
+        failed: Answers with a status other than 200.
+        wrong: Answers that lie nearer to another row's expected answer than to their own row's.
+        worst_error: Largest distance from the expected answer, relative to that answer's length.
+    """
+
+    failed: int
+    wrong: int
+    worst_error: float
+
+
+def check_answers(answers: Sequence[SeenAnswer], expected: Sequence[Mapping[str, Array]]) -> AnswerCheck:
+    """Compare answers with what the session gives for each row alone.
+
+    An INT8 session's answer moves a little with its batch; a mix-up of rows moves it to another row's answer.
+    """
+    table = np.stack([_flat(row, row) for row in expected])
+    failed = wrong = 0
+    worst = 0.0
+    for answer in answers:
+        if answer.status != 200:
+            failed += answer.count
+            continue
+        distances = np.linalg.norm(table - _flat(read_answer(answer), expected[answer.request]), axis=1)
+        if int(distances.argmin()) != answer.request:
+            wrong += answer.count
+        worst = max(worst, float(distances[answer.request] / np.linalg.norm(table[answer.request])))
+    return AnswerCheck(failed, wrong, worst)
+
+
+def _flat(outputs: Mapping[str, Array], order: Mapping[str, Array]) -> Array:
+    return np.concatenate([np.asarray(outputs[name], np.float64).ravel() for name in order])
+
+
+def _described(name: str, array: Array) -> dict[str, object]:
+    return {"name": name, "datatype": DATATYPE_OF_NUMPY[array.dtype], "shape": list(array.shape)}
+
+
+def _infer_path(workload: Workload) -> str:
+    return f"/v2/models/{workload.name}/infer"
+
+
+def _post(path: str, body: bytes, header: str = "") -> bytes:
+    head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+    return f"{head}{header}Content-Length: {len(body)}\r\n\r\n".encode() + body

@@ -222,6 +222,6 @@ def _cells(record: CandidateRecord) -> tuple[str, ...]:
         record.verdict,
         f"{record.size_bytes / 1e6:.3g}" if record.size_bytes else "",
         f"{fidelity.agreement:.3f}" if fidelity is not None else "",
-        f"{fidelity.sqnr_db:.1f}" if fidelity is not None else "",
-        *(f"{times[rows]:.4g}" if rows in times else "" for rows in _DECIDING_ROWS),
+        f"{fidelity.sqnr_db:.0f}" if fidelity is not None else "",
+        *(f"{times[rows]:.3g}" if rows in times else "" for rows in _DECIDING_ROWS),
     )

@@ -38,6 +38,7 @@ def profile_of(samples: Samples, max_rows: int) -> Profile:
 
 
 def _record(name: str, model: Path, profile: Profile, plan: Path, timeout_s: float) -> EngineRecord:
+    others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
     try:
         built: EngineBuild = pool.submit(build_engine, model, profile, plan).result(timeout_s)
@@ -46,7 +47,7 @@ def _record(name: str, model: Path, profile: Profile, plan: Path, timeout_s: flo
     except BrokenProcessPool:
         return EngineRecord(f"{name}: refused", "the builder's process ended without an answer")
     except TimeoutError:
-        for process in multiprocessing.active_children():
+        for process in set(multiprocessing.active_children()) - others:
             process.kill()
         return EngineRecord(f"{name}: refused", f"stopped after {timeout_s:g} s")
     finally:

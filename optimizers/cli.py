@@ -1,5 +1,6 @@
 """The commands ``optimize``, ``inspect`` and ``verify``."""
 
+import math
 import shlex
 import sys
 from collections.abc import Callable, Iterator
@@ -59,6 +60,12 @@ def _listed(_context: click.Context, parameter: click.Parameter, value: str | No
     return wanted
 
 
+def _seconds(_context: click.Context, _parameter: click.Parameter, value: float) -> float:
+    if not 0 <= value < math.inf:  # which click.FloatRange cannot say: it lets NaN through
+        raise click.BadParameter(f"{value:g}; it is a number of seconds, at least 0")
+    return value
+
+
 @click.command("optimize")
 @click.argument("model", type=_FILE)
 @click.option("--repository", required=True, type=click.Path(file_okay=False, path_type=Path), help="Folder of models.")
@@ -72,7 +79,9 @@ def _listed(_context: click.Context, parameter: click.Parameter, value: str | No
 @click.option("--precisions", callback=_listed, help="List of fp32, fp16, int8.  [default: all]")
 @click.option("--slo-ms", type=float, help="Wanted p99 of a run: batches stay within it.")
 @click.option("--recipe", "recipe_file", type=_FILE, help="RECIPE.toml; options given here win over it.")
-@click.option("--time-budget", default=15.0, show_default=True, help="Seconds for the latency races.")
+@click.option(
+    "--time-budget", default=15.0, show_default=True, callback=_seconds, help="Seconds for the latency races."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print report.json on stdout, and nothing else there.")
 @_reports_errors
 def optimize(model: Path, recipe_file: Path | None, time_budget: float, *, as_json: bool, **options: Any) -> None:

@@ -50,6 +50,8 @@ def _record(name: str, model: Path, profile: Profile, plan: Path, timeout_s: flo
         for process in set(multiprocessing.active_children()) - others:
             process.kill()
         return EngineRecord(f"{name}: refused", f"stopped after {timeout_s:g} s")
+    except Exception as exc:  # noqa: BLE001  (the stage's isolation: any failure of a builder is a refusal)
+        return EngineRecord(f"{name}: refused", f"{type(exc).__name__}: {exc}")
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
     facts = {

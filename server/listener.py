@@ -59,8 +59,10 @@ def bind(host: str, port: int) -> socket.socket:
         # create_server sets SO_REUSEADDR: a restart need not wait for old connections to time out.
         listening = socket.create_server((host, port), family=family, backlog=2048)
     except OSError as exc:
+        # create_server puts the address into the text once more.
+        reason = exc.strerror if isinstance(exc, socket.gaierror) else os.strerror(exc.errno or 0)
         raise StartupError(
-            f"cannot listen on {host} port {port}: {exc.strerror}; choose another with --host or --port"
+            f"cannot listen on {host} port {port}: {reason}; choose another with --host or --port"
         ) from exc
     listening.setblocking(False)
     return listening

@@ -2,17 +2,23 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import onnx
 import pytest
 from click.testing import CliRunner, Result
 
-from optimizers import pipeline
+from optimizers import cli, pipeline
 from optimizers.cli import inspect, optimize, verify
 from optimizers.errors import OptimizerError
+from server.artifact import read_artifact
+from server.providers import CPU
 from tests import models
+from tests.artifacts import edit_manifest, write_plain
 
 FAST = ["--precisions", "fp32", "--devices", "cpu", "--time-budget", "0.1"]
 
@@ -69,6 +75,16 @@ def test_json_prints_one_document(first: tuple[Path, Path, Result], artifact: Pa
         assert json.loads(result.stdout)["chosen"] == "fp32"
 
 
+def test_a_process_of_its_own_keeps_stdout_for_the_document(tmp_path: Path, mlp: Path):
+    script = Path(cli.__file__).parents[1] / "slipstream.py"
+    command = [sys.executable, script, "optimize", mlp, "--repository", tmp_path / "models", "--name", "mlp", *FAST]
+    ended = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True)
+    document = json.loads(ended.stdout)
+    assert (document["name"], document["version"], document["chosen"]) == ("mlp", "1", "fp32")
+    assert document["command"].startswith(f"slipstream optimize {mlp}")
+    assert "latency race" in ended.stderr
+
+
 def test_inspect_says_why_each_candidate_was_kept_or_refused(artifact: Path):
     result = run(inspect, artifact)
     assert result.exit_code == 0
@@ -103,6 +119,30 @@ def test_verify_fails_when_a_variant_answers_otherwise(artifact: Path, tmp_path:
     assert "1 of 1 variants failed: fp32" in result.stderr
 
 
+def test_verify_fails_when_a_variant_stays_below_its_bound(artifact: Path, tmp_path: Path):
+    copy = tmp_path / "mlp" / "1"
+    shutil.copytree(artifact, copy)
+    (variant,) = read_artifact(copy).variants
+    edit_manifest(copy, variants=(msgspec.structs.replace(variant, golden_min_sqnr_db=201.0),))
+    result = run(verify, copy)
+    assert result.exit_code == 1
+    assert "FAILED fp32: variant fp32 on cpu" in result.stdout
+    assert "at least 201.0 dB are required" in result.stdout
+    assert result.stderr == "Error: 1 of 1 variants failed: fp32\n"
+
+
+def test_verify_names_a_device_that_is_not_here(artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cli, "usable_devices", lambda _gpu: (CPU,))
+    copy = tmp_path / "mlp" / "1"
+    shutil.copytree(artifact, copy)
+    (variant,) = read_artifact(copy).variants
+    edit_manifest(copy, variants=(msgspec.structs.replace(variant, name="fp32-cuda", provider="cuda"), variant))
+    result = run(verify, copy)
+    assert result.exit_code == 1
+    assert "FAILED fp32-cuda: no cuda device is usable here" in result.stdout
+    assert "ok     fp32 on cpu" in result.stdout
+
+
 def test_verify_fails_when_a_file_was_changed(artifact: Path, tmp_path: Path):
     shutil.copytree(artifact, tmp_path / "mlp" / "1")
     (tmp_path / "mlp" / "1" / "fp32" / "model.onnx").write_bytes(b"")
@@ -135,6 +175,9 @@ def test_debug_lets_the_error_through(tmp_path: Path):
         ("--name", "x", "--repository", "r", "--precisions", "int3"),
         ("--name", "x", "--repository", "r", "--devices", ","),
         ("--name", "x", "--repository", "r", "--version", "0"),
+        ("--name", "x", "--repository", "r", "--time-budget", "nan"),
+        ("--name", "x", "--repository", "r", "--time-budget", "inf"),
+        ("--name", "x", "--repository", "r", "--time-budget", "-1"),
         ("--name", "x", "--repository", "r", "--calibration", "missing.npz"),
     ],
 )
@@ -151,11 +194,43 @@ def test_labels_without_samples_are_wrong_usage(mlp: Path, tmp_path: Path):
     assert "--labels needs --calibration" in result.stderr
 
 
-def test_options_out_of_range_are_refused(mlp: Path, tmp_path: Path):
-    result = run(optimize, mlp, "--name", "x", "--repository", tmp_path, "--min-agreement", "1.5")
-    assert result.exit_code in (1, 2)
-    assert "min" in result.stderr
-    assert "1.5" in result.stderr
+@pytest.mark.parametrize(
+    ("option", "value", "named"),
+    [
+        ("--min-agreement", "2", "min_agreement is 2.0; it must be above 0 and at most 1"),
+        ("--min-agreement", "nan", "min_agreement is nan; it must be above 0 and at most 1"),
+        ("--max-accuracy-drop", "1", "max_accuracy_drop is 1.0; it must be from 0 to below 1"),
+        ("--slo-ms", "0", "slo_ms is 0.0; it must be above 0 milliseconds"),
+    ],
+)
+def test_options_out_of_range_are_refused(mlp: Path, tmp_path: Path, option: str, value: str, named: str):
+    result = run(optimize, mlp, "--name", "x", "--repository", tmp_path / "models", option, value)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == f"Error: {named}\n"
+    assert not (tmp_path / "models").exists()
+
+
+def test_recipe_with_an_unknown_key_is_refused_with_the_known_ones(mlp: Path, tmp_path: Path):
+    (tmp_path / "recipe.toml").write_text('precision = ["fp32"]\n')
+    recipe = tmp_path / "recipe.toml"
+    result = run(optimize, mlp, "--name", "x", "--repository", tmp_path / "models", "--recipe", recipe)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "unknown field `precision`; known keys are precisions, devices" in result.stderr
+
+
+def test_options_win_over_the_recipe(first: tuple[Path, Path, Result], artifact: Path, tmp_path: Path):
+    (tmp_path / "recipe.toml").write_text('precisions = ["int8"]\ndevices = ["cpu"]\n')
+    recipe, repository = tmp_path / "recipe.toml", first[1]
+    result = run(optimize, first[0], "--repository", repository, "--name", "mlp", "--recipe", recipe, *FAST)
+    assert f"up to date: {artifact}" in result.stdout
+
+
+def test_plain_model_is_neither_inspected_nor_verified(mlp: Path, tmp_path: Path):
+    folder = write_plain(tmp_path, "plain", "1", mlp)
+    for command, reason in ((inspect, "without any evidence"), (verify, "without golden outputs")):
+        result = run(command, folder)
+        assert (result.exit_code, result.stdout) == (1, "")
+        assert reason in result.stderr
 
 
 def test_help_teaches_the_formats():

@@ -10,9 +10,10 @@ from optimizers.errors import PassFailed
 from optimizers.evidence import HeldOut, fidelity_of, join, prove_batching, run_batched, run_singly
 from optimizers.fidelity import decision_for
 from server.artifact import SessionOptions
+from server.errors import InferenceFailed
 from server.providers import CPU
 from server.session import Session
-from server.tensors import Array, Tensors
+from server.tensors import Array, Signature, Tensors, TensorSpec
 from tests import models
 
 
@@ -61,6 +62,84 @@ def test_model_with_the_batch_on_another_axis_is_never_batched(tmp_path: Path):
     found = prove(models.save_batch_on_axis_1, tmp_path / "m.onnx", 4)
     assert not found.batchable
     assert "axis 0" in found.reason
+
+
+@pytest.mark.parametrize(
+    ("inputs", "output"),
+    [
+        (("batch", "batch"), 1),  # the output has one row, whatever comes in
+        (("batch", 4), "batch"),  # one input has a fixed number of rows
+        (("first", "second"), "batch"),  # nothing says that both inputs have as many rows
+    ],
+)
+def test_without_one_shared_variable_axis_nothing_is_batched(inputs: tuple[str | int, ...], output: str | int):
+    specs = tuple(TensorSpec(f"x{i}", "FP32", (rows, 4)) for i, rows in enumerate(inputs))
+    signature = Signature(specs, (TensorSpec("y", "FP32", (output, 4)),))
+    found = prove_batching(None, signature, None, 8)  # type: ignore[arg-type]  (it is not even tried)
+    assert (found.batchable, found.max_rows) == (False, 1)
+    assert "axis 0" in found.reason
+
+
+def test_output_axis_of_another_name_is_still_the_batch(tmp_path: Path):
+    session = opened(models.save_mlp(tmp_path / "m.onnx"))
+    renamed = Signature(session.signature.inputs, (TensorSpec("y", "FP32", ("rows", 10)),))
+    assert prove_batching(session, renamed, held_out_of(session, singles_of("x", 64)), 8).batchable
+
+
+class Fake:
+    """Answers x, and on batches what a test adds or raises."""
+
+    def __init__(self, on_batch: Callable[[Array], Array]) -> None:
+        self.on_batch = on_batch
+
+    def run(self, inputs: Tensors) -> dict[str, Array]:
+        return {"y": self.on_batch(inputs["x"]) if len(inputs["x"]) > 1 else inputs["x"]}
+
+
+FOUR = Signature((TensorSpec("x", "FP32", ("batch", 4)),), (TensorSpec("y", "FP32", ("batch", 4)),))
+
+
+def test_batch_that_fails_is_the_reason():
+    def fail(_: Array) -> Array:
+        raise InferenceFailed("Reshape cannot do that")
+
+    singles = singles_of("x", 4)
+    found = prove_batching(Fake(fail), FOUR, HeldOut(singles, {"y": join(singles)["x"]}, "top1"), 8)
+    assert not found.batchable
+    assert found.reason == "a batch of 8 fails: Reshape cannot do that"
+
+
+def test_decisions_that_change_in_batches_forbid_them_however_small_the_difference():
+    def tip(x: Array) -> Array:
+        return x + np.array([0, 1e-3, 0, 0], np.float32)
+
+    singles = [{"x": np.array([[1, 1 - 5e-4, 0, 0]], np.float32)}] * 20
+    held_out = HeldOut(tuple(singles), {"y": join(singles)["x"]}, "top1")
+    found = prove_batching(Fake(tip), FOUR, held_out, 8)
+    assert not found.batchable
+    assert found.reason.startswith("100.0% of the decisions differ")
+
+
+def test_rounding_in_batches_is_allowed():
+    singles = singles_of("x", 4)
+    held_out = HeldOut(singles, {"y": join(singles)["x"]}, "top1")
+    assert prove_batching(Fake(lambda x: x * np.float32(1 + 1e-6)), FOUR, held_out, 8).batchable
+
+
+def test_labels_give_accuracy_and_the_worse_one_counts():
+    singles = singles_of("x", 4, count=32)
+    truth = join(singles)["x"]
+    held_out = HeldOut(singles, {"y": truth}, "top1", labels=truth.argmax(axis=1))
+    found = fidelity_of(Fake(lambda x: -x), held_out, rows=8)
+    assert (found.accuracy_original, found.accuracy, found.agreement) == (1.0, 0.0, 0.0)
+    assert fidelity_of(Fake(lambda x: -x), held_out, rows=1).accuracy == 1.0
+
+
+def test_candidate_that_gives_nan_only_in_batches_is_refused():
+    singles = singles_of("x", 4)
+    held_out = HeldOut(singles, {"y": join(singles)["x"]}, "top1")
+    with pytest.raises(PassFailed, match="NaN"):
+        fidelity_of(Fake(lambda x: x * np.float32("nan")), held_out, rows=8)
 
 
 def test_outputs_without_a_batch_axis_are_stacked(tmp_path: Path):

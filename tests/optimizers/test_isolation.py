@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import threading
 from pathlib import Path
 
@@ -74,6 +75,78 @@ class Hang(Step):
         raise AssertionError
 
 
+class Exit(Step):
+    def run(self, model: onnx.ModelProto, context: PassContext) -> PassResult:
+        print("the native library gives up", flush=True)  # noqa: T201
+        os._exit(3)
+
+
+class QuietExit(Step):
+    """Ends its process as if all were well, without an answer."""
+
+    def run(self, model: onnx.ModelProto, context: PassContext) -> PassResult:
+        sys.exit(0)
+
+
+class NewSignature(Step):
+    def run(self, model: onnx.ModelProto, context: PassContext) -> PassResult:
+        twin = copy_of(model)
+        twin.graph.output[0].name = twin.graph.node[-1].output[0] = "logits"
+        return PassResult(twin, changed=True)
+
+
+class Mutilate(Step):
+    """Leaves a graph whose first node takes what nobody makes."""
+
+    def run(self, model: onnx.ModelProto, context: PassContext) -> PassResult:
+        twin = copy_of(model)
+        twin.graph.node[0].input[0] = "nowhere"
+        return PassResult(twin, changed=True)
+
+
+class Garbage(Step):
+    """A lossy pass whose result is finite and has nothing to do with the model."""
+
+    effect = "lossy"
+
+    def run(self, model: onnx.ModelProto, context: PassContext) -> PassResult:
+        twin = copy_of(model)
+        rng = np.random.default_rng(7)
+        for tensor in twin.graph.initializer:
+            tensor.raw_data = rng.standard_normal(list(tensor.dims)).astype(np.float32).tobytes()
+        return PassResult(twin, changed=True)
+
+
+class Coarse(Step):
+    """A lossy pass as it should be: weights rounded to few steps."""
+
+    effect = "lossy"
+    steps = 64
+
+    def run(self, model: onnx.ModelProto, context: PassContext) -> PassResult:
+        twin = copy_of(model)
+        for tensor in twin.graph.initializer:
+            rounded = np.round(onnx.numpy_helper.to_array(tensor) * self.steps) / self.steps
+            tensor.raw_data = rounded.astype(np.float32).tobytes()
+        return PassResult(twin, changed=True)
+
+
+class Coarser(Coarse):
+    """Rounds so much that some decisions change."""
+
+    steps = 16
+
+
+class NotANumber(Step):
+    effect = "lossy"
+
+    def run(self, model: onnx.ModelProto, context: PassContext) -> PassResult:
+        twin = copy_of(model)
+        tensor = twin.graph.initializer[0]
+        tensor.raw_data = np.full(list(tensor.dims), np.nan, np.float32).tobytes()
+        return PassResult(twin, changed=True)
+
+
 @pytest.fixture
 def workshop(mlp: Path, tmp_path: Path) -> Workshop:
     rng = np.random.default_rng(0)
@@ -111,7 +184,13 @@ def test_pass_without_effect_keeps_its_input(mlp: Path, workshop: Workshop):
         (Refuse(), "this model has no convolutions"),
         (Raise(), "KeyError: 'a bug in a third-party tool'"),
         (Damage(), "exact"),
-        (Crash(), "killed by signal 11"),
+        (Crash(), "its process was killed by signal 11"),
+        (Exit(), "its process ended with status 3: the native library gives up"),
+        (QuietExit(), "its process ended with status 0"),
+        (NewSignature(), "inputs and outputs are ['x', 'logits'], were ['x', 'y']"),
+        (Mutilate(), "the result is not usable:"),
+        (Garbage(), "dB to the original, lossy needs 0 dB"),
+        (NotANumber(), "is NaN or infinite where it was finite"),
     ],
     ids=lambda value: value.name if isinstance(value, Step) else "",
 )
@@ -119,6 +198,13 @@ def test_failure_is_a_refusal_that_keeps_the_input(step: Step, reason: str, mlp:
     finding = run(step, mlp, workshop)
     assert reason in finding.failure
     assert finding.model == str(mlp)
+
+
+def test_lossy_result_near_the_original_is_taken_with_its_distance(mlp: Path, workshop: Workshop):
+    finding = run(Coarse(), mlp, workshop)
+    assert (finding.failure, finding.changed) == ("", True)
+    assert finding.sqnr_db is not None
+    assert 20 < finding.sqnr_db < 60
 
 
 def test_pass_that_hangs_is_stopped(mlp: Path, workshop: Workshop):

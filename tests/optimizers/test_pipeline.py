@@ -1,5 +1,7 @@
 """The whole pipeline on real models: what is written, what is found again, and what a failure leaves behind."""
 
+import importlib.util
+import re
 from pathlib import Path
 
 import msgspec
@@ -7,7 +9,9 @@ import numpy as np
 import pytest
 
 from optimizers import pipeline
-from optimizers.errors import CalibrationError, OptimizerError
+from optimizers.calibration import read_samples, split
+from optimizers.errors import CalibrationError, ModelError, OptimizerError
+from optimizers.evidence import run_singly
 from optimizers.pipeline import existing, optimize
 from optimizers.recipe import Recipe
 from optimizers.report import Report, read_report
@@ -15,10 +19,14 @@ from optimizers.request import OptimizeRequest
 from server.artifact import Artifact, read_artifact, read_golden
 from server.errors import ArtifactError
 from server.golden import require_golden
+from server.metrics import Metrics
+from server.model import Model
 from server.providers import CPU
 from server.session import Session
+from server.settings import Settings
+from server.tensors import InferRequest
 from tests import models
-from tests.optimizers.test_isolation import Crash, Damage
+from tests.optimizers.test_isolation import Coarser, Crash, Damage
 
 ROWS = (1, 8)
 RECIPE = Recipe(batch_rows=ROWS, calibration_samples=32, holdout_samples=64, min_agreement=0.9, devices=("cpu",))
@@ -93,6 +101,38 @@ def test_every_variant_reproduces_its_golden_outputs_and_carries_its_latency(art
         assert variant.host
 
 
+def test_only_served_variants_are_files(artifact: Artifact):
+    found = {str(path.relative_to(artifact.folder)) for path in artifact.folder.glob("*/*")}
+    assert found == {variant.file for variant in artifact.variants}
+
+
+def test_served_variants_decide_as_promised_on_the_held_out_samples(artifact: Artifact, full: OptimizeRequest):
+    assert artifact.manifest is not None
+    assert full.calibration is not None
+    _, held_out = split(read_samples(full.calibration, artifact.manifest.signature), 32, 64, RECIPE.seed)
+    original = run_singly(Session(full.model, CPU, pipeline.SERVING), held_out.batches(1))["y"].argmax(axis=1)
+    for variant in artifact.variants:
+        session = Session(artifact.folder / variant.file, CPU, variant.options)
+        same = run_singly(session, held_out.batches(1))["y"].argmax(axis=1) == original
+        promised = variant.fidelity.agreement if variant.fidelity is not None else 1.0
+        assert same.mean() >= promised
+
+
+async def test_server_takes_the_artifact(artifact: Artifact, full: OptimizeRequest):
+    model = Model.load(artifact, (CPU,), Settings(cpu_instances=1), Metrics())
+    try:
+        model.start()
+        inputs = read_golden(artifact.folder).inputs
+        response = await model.infer(InferRequest(inputs))
+        assert not model.unoptimized
+        assert model.refused == {}
+        assert response.variant in {variant.name for variant in artifact.variants}
+        original = Session(full.model, CPU, pipeline.SERVING).run(inputs)["y"]
+        assert np.mean(response.outputs["y"].argmax(axis=1) == original.argmax(axis=1)) >= RECIPE.min_agreement
+    finally:
+        model.close()
+
+
 def test_golden_outputs_are_those_of_the_untouched_file(artifact: Artifact, full: OptimizeRequest):
     golden = read_golden(artifact.folder)
     original = Session(full.model, CPU, pipeline.SERVING)
@@ -154,6 +194,65 @@ def test_without_data_only_exact_variants_are_made_in_the_next_version(artifact:
     assert read_artifact(artifact.folder) == artifact
 
 
+def test_other_data_make_the_next_version_and_each_is_found_again(
+    mlp: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(pipeline, "EXACT", ())
+    requests = []
+    for seed in (0, 1):
+        samples = np.random.default_rng(seed).standard_normal((20, 64)).astype(np.float32)
+        np.savez(tmp_path / f"{seed}.npz", x=samples)
+        requests.append(request_for(mlp, tmp_path / "models", calibration=tmp_path / f"{seed}.npz"))
+    made = [optimize(request) for request in requests]
+    assert [artifact.version for artifact in made] == ["1", "2"]
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("models/mlp/*/*")}
+    assert len(before) > 8
+    assert [optimize(request) for request in requests] == made
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("models/mlp/*/*")} == before
+
+
+def test_candidate_below_the_wanted_agreement_is_refused_and_not_written(
+    mlp: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(pipeline, "EXACT", ())
+    monkeypatch.setattr(pipeline, "lossy", lambda _precisions: {"coarser": Coarser()})
+    np.savez(tmp_path / "data.npz", x=np.random.default_rng(0).standard_normal((120, 64)).astype(np.float32))
+    strict = msgspec.structs.replace(RECIPE, min_agreement=1.0)
+    made = optimize(request_for(mlp, tmp_path / "models", calibration=tmp_path / "data.npz", recipe=strict))
+    (record,) = (record for record in read_report(made.folder).candidates if record.name == "coarser")
+    assert record.verdict == "refused"
+    assert re.match(r"agreement 0\.\d+ < 1 \(n=64", record.reason)
+    assert [path.parent.name for path in made.folder.glob("*/model.onnx")] == ["fp32"]
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("tensorrt_rtx_bindings") is None, reason="TensorRT-RTX is not installed: extra 'rtx'"
+)
+def test_engines_lie_in_the_artifact_and_batches_keep_the_wanted_latency(
+    mlp: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(pipeline, "EXACT", ())
+    recipe = msgspec.structs.replace(EXACT_ONLY, devices=("cpu", "tensorrt"), slo_ms=1e-6)
+    made = optimize(request_for(mlp, tmp_path / "models", recipe=recipe))
+    assert [path.name for path in (made.folder / "engines").iterdir()] == ["fp32.plan"]
+    assert [engine.status for engine in read_report(made.folder).engines] == ["fp32: built"]
+    assert made.manifest is not None
+    assert (made.manifest.batching.batchable, made.manifest.batching.max_rows) == (True, 1)
+    assert "wanted are 1e-06 ms" in made.manifest.batching.reason
+
+
+def test_model_with_the_batch_on_another_axis_is_served_without_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(pipeline, "EXACT", ())
+    made = optimize(request_for(models.save_batch_on_axis_1(tmp_path / "m.onnx"), tmp_path / "models"))
+    assert made.manifest is not None
+    assert not made.manifest.batching.batchable
+    assert "axis 0" in made.manifest.batching.reason
+    session = Session(made.folder / made.variants[0].file, CPU, made.variants[0].options)
+    assert require_golden(session, made.variants[0], read_golden(made.folder)) == 200
+
+
 def test_model_whose_rows_influence_each_other_is_measured_one_by_one(tmp_path: Path):
     made = optimize(request_for(models.save_batch_mixing(tmp_path / "m.onnx"), tmp_path / "models"))
     assert made.manifest is not None
@@ -178,13 +277,28 @@ def test_broken_passes_are_refused_and_the_run_goes_on(mlp: Path, tmp_path: Path
     assert "signal 11" in passes[0].reason
 
 
-def test_failure_leaves_nothing_behind(mlp: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    ("stage", "error", "raised"),
+    [
+        ("run_trial", OptimizerError("no candidate"), OptimizerError),
+        ("write_report", OSError(28, "No space left on device"), ArtifactError),
+        ("write_manifest", KeyboardInterrupt(), KeyboardInterrupt),
+    ],
+)
+def test_failure_leaves_nothing_behind(
+    stage: str,
+    error: BaseException,
+    raised: type[BaseException],
+    mlp: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
     def fail(*_: object) -> None:
-        raise OptimizerError("the disk is full")
+        raise error
 
-    monkeypatch.setattr(pipeline, "run_trial", fail)
+    monkeypatch.setattr(pipeline, stage, fail)
     monkeypatch.setattr(pipeline, "EXACT", ())
-    with pytest.raises(OptimizerError, match="disk is full"):
+    with pytest.raises(raised, match=str(error.args[-1]) if error.args else None):
         optimize(request_for(mlp, tmp_path / "models"))
     assert list((tmp_path / "models").iterdir()) == []
 
@@ -193,6 +307,16 @@ def test_data_that_do_not_fit_end_the_run(mlp: Path, tmp_path: Path):
     np.savez(tmp_path / "data.npz", wrong=np.zeros((20, 64), np.float32))
     with pytest.raises(CalibrationError, match="wrong"):
         optimize(request_for(mlp, tmp_path / "models", calibration=tmp_path / "data.npz"))
+    assert list((tmp_path / "models").iterdir()) == []
+
+
+@pytest.mark.parametrize("content", [b"", b"not a model", None], ids=["empty", "text", "cut off"])
+def test_file_that_is_no_model_ends_the_run(mlp: Path, tmp_path: Path, content: bytes | None):
+    bad = tmp_path / "bad.onnx"
+    bad.write_bytes(mlp.read_bytes()[:-1000] if content is None else content)
+    with pytest.raises(ModelError, match=r"bad\.onnx"):
+        optimize(request_for(bad, tmp_path / "models"))
+    assert list(tmp_path.glob("models/*")) == []
 
 
 @pytest.mark.parametrize("name", ["", ".hidden", "a/b", "..", "a b"])

@@ -11,9 +11,11 @@ from optimizers.errors import OptimizerError
 from optimizers.host import read_host
 from optimizers.passes.catalog import EXACT
 from optimizers.recipe import Recipe
-from optimizers.request import OptimizeRequest, digests_of, find_existing, versions_in
+from optimizers.request import Digests, OptimizeRequest, digests_of, find_existing, versions_in
+from server.artifact import Source
 from server.errors import ArtifactError
 from tests import models
+from tests.artifacts import edit_manifest, write_artifact
 
 
 @pytest.fixture
@@ -68,6 +70,64 @@ def test_plain_or_damaged_versions_are_not_mistaken_for_the_artifact(request_: O
     assert find_existing(request_, digests) is None
     with pytest.raises(ArtifactError):
         find_existing(msgspec.structs.replace(request_, version=1), digests)
+
+
+def publish(request: OptimizeRequest, version: str, digests: Digests, **changes: object) -> None:
+    """Write a version that follows from these digests, apart from the changes."""
+    folder = write_artifact(request.repository, request.name, version, {"fp32": request.model})
+    made = {
+        "source": Source("mlp.onnx", digests.source, 1),
+        "recipe_sha256": digests.recipe,
+        "inputs_sha256": digests.inputs,
+        "host": {"fingerprint": digests.host},
+        "tools": digests.tools,
+    }
+    edit_manifest(folder, **{**made, **changes})
+
+
+def test_newest_version_of_the_same_content_is_found(request_: OptimizeRequest):
+    digests = digests_of(request_, read_host(), list(EXACT))
+    for version in ("2", "9", "10"):
+        publish(request_, version, digests)
+    publish(request_, "11", digests, recipe_sha256="another recipe")
+    found = find_existing(request_, digests)
+    assert found is not None
+    assert found.version == "10"
+    named = find_existing(msgspec.structs.replace(request_, version=2), digests)
+    assert named is not None
+    assert named.version == "2"
+    assert find_existing(msgspec.structs.replace(request_, version=12), digests) is None
+    with pytest.raises(ArtifactError, match="versions never change"):
+        find_existing(msgspec.structs.replace(request_, version=11), digests)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"source": Source("mlp.onnx", "another model", 1)},
+        {"recipe_sha256": "another recipe"},
+        {"inputs_sha256": "other samples"},
+        {"host": {"fingerprint": "another host"}},
+        {"host": {}},
+        {"tools": {"onnxruntime": "0.1"}},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_version_of_other_content_is_not_found(request_: OptimizeRequest, changes: dict[str, object]):
+    digests = digests_of(request_, read_host(), list(EXACT))
+    publish(request_, "1", digests, **changes)
+    assert find_existing(request_, digests) is None
+
+
+def test_labels_belong_to_the_inputs(request_: OptimizeRequest, tmp_path: Path):
+    host, found = read_host(), set()
+    for label in (None, 0, 1):
+        labels = tmp_path / f"{label}.npz"
+        if label is not None:
+            np.savez(labels, labels=np.full(20, label))
+        request = msgspec.structs.replace(request_, labels=None if label is None else labels)
+        found.add(digests_of(request, host, []).inputs)
+    assert len(found) == 3
 
 
 def test_missing_file_is_named(request_: OptimizeRequest, tmp_path: Path):

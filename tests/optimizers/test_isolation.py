@@ -1,5 +1,6 @@
 """Isolation: whatever a pass does, the run goes on with its reason."""
 
+import atexit
 import os
 import signal
 import sys
@@ -86,6 +87,14 @@ class QuietExit(Step):
 
     def run(self, model: onnx.ModelProto, context: PassContext) -> PassResult:
         sys.exit(0)
+
+
+class CrashAtTheEnd(Step):
+    """Delivers its result, then its process fails on the way out."""
+
+    def run(self, model: onnx.ModelProto, context: PassContext) -> PassResult:
+        atexit.register(os._exit, 4)
+        return PassResult(model, changed=False)
 
 
 class NewSignature(Step):
@@ -187,6 +196,7 @@ def test_pass_without_effect_keeps_its_input(mlp: Path, workshop: Workshop):
         (Crash(), "its process was killed by signal 11"),
         (Exit(), "its process ended with status 3: the native library gives up"),
         (QuietExit(), "its process ended with status 0"),
+        (CrashAtTheEnd(), "its process ended with status 4"),
         (NewSignature(), "inputs and outputs are ['x', 'logits'], were ['x', 'y']"),
         (Mutilate(), "the result is not usable:"),
         (Garbage(), "dB to the original, lossy needs 0 dB"),

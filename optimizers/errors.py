@@ -7,8 +7,7 @@
     ├── CalibrationError          invalid_calibration    DATA.npz or LABELS.npz does not fit the model
     ├── RecipeError               invalid_recipe         unknown key or value out of range
     ├── PassFailed                pass_failed            one pass cannot be applied; the run continues without it
-    ├── EngineBuildError          engine_build           TensorRT refused the model, the profile, or is not installed
-    └── NoVariantPassed           no_variant             not even the original can be served
+    └── EngineBuildError          engine_build           TensorRT refused the model, the profile, or is not installed
 
 A tensor type that cannot be served is ``server.errors.UnsupportedModel``. A message names the value seen, the value
 allowed, and the fix.
@@ -51,9 +50,3 @@ class EngineBuildError(OptimizerError):
     """No TensorRT engine was built."""
 
     code = "engine_build"
-
-
-class NoVariantPassed(OptimizerError):
-    """Nothing can be served."""
-
-    code = "no_variant"

@@ -12,12 +12,12 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from optimizers.host import HostFacts
 from optimizers.passes import PassContext
 from optimizers.passes.check import answers
 from optimizers.passes.int8_dynamic import Int8Dynamic
 from optimizers.passes.int8_static import Int8Static
 from server.artifact import SessionOptions
+from server.host import HostFacts
 from server.providers import EXACT_PRODUCTS
 
 DEPTH, WIDTH, ROWS = 512, 32, 16

@@ -76,7 +76,7 @@ def build(
     total = len(plan.exact) + len(plan.lossy)
 
     def run(step: Pass, model: Path, options: SessionOptions) -> Finding:
-        observe(f"pass {step.name}", len(records) / total)
+        observe(f"pass {step.spec.name}", len(records) / total)
         finding = run_isolated(step, model, workshop, options)
         records.append(_record(step, finding))
         return finding
@@ -89,7 +89,9 @@ def build(
     built = [Built("fp32", "fp32", "cpu", exact=True, model=model, options=options)]
     for precision, step in plan.lossy.items():
         if plan.no_proof:
-            records.append(PassRecord(step.name, step.version, step.effect, "refused", plan.no_proof, 0.0))
+            records.append(
+                PassRecord(step.spec.name, step.spec.version, step.spec.effect, "refused", plan.no_proof, 0.0)
+            )
             built.append(Built(precision, precision, "cpu", exact=False, model=model, failure=plan.no_proof))
             continue
         finding = run(step, model, options)
@@ -116,9 +118,9 @@ def _on_gpu(built: Sequence[Built], devices: Sequence[str]) -> list[Built]:
 def _record(step: Pass, finding: Finding) -> PassRecord:
     status = "refused" if finding.failure else "applied" if finding.changed else "unchanged"
     return PassRecord(
-        name=step.name,
-        version=step.version,
-        effect=step.effect,
+        name=step.spec.name,
+        version=step.spec.version,
+        effect=step.spec.effect,
         status=status,
         reason=finding.failure or finding.note,
         seconds=finding.seconds,

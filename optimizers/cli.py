@@ -19,13 +19,13 @@ from rich.table import Table
 from optimizers import pipeline
 from optimizers.errors import OptimizerError
 from optimizers.fidelity import describe
-from optimizers.host import read_host
 from optimizers.recipe import Precision, Recipe, Target, read_recipe
 from optimizers.report import REPORT_HTML, REPORT_JSON, CandidateRecord, Report, read_report
 from optimizers.request import OptimizeRequest
 from server.artifact import Artifact, Variant, read_artifact, read_golden
 from server.errors import SlipstreamError, StartupError
 from server.golden import require_golden
+from server.host import read_host
 from server.providers import Device, check_environment, usable_devices
 from server.session import Session
 

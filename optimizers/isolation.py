@@ -10,6 +10,7 @@ import json
 import pickle
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -94,8 +95,8 @@ def run_isolated(step: Pass, model: Path, workshop: Workshop, options: SessionOp
         workshop: Folder, context, golden check and time limit.
         options: How sessions of the input are opened; the pass may add to them.
     """
-    folder = workshop.folder / step.name
-    folder.mkdir(parents=True)
+    workshop.folder.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f"{step.spec.name}-", dir=workshop.folder))
     (folder / _JOB).write_bytes(pickle.dumps((step, model, workshop, options)))
     start = time.monotonic()
     failure = _spawn(folder, workshop.timeout_s)
@@ -141,15 +142,15 @@ def _work(step: Pass, model: Path, workshop: Workshop, options: SessionOptions, 
     result = step.run(source, workshop.context)
     if not result.changed:
         return Finding(model=str(model), note=result.note, ops_before=before, ops_after=before, options=options)
-    require_equivalent(source, result, step.effect, workshop.probe.singles, target.parent)
+    require_equivalent(source, result, step.spec.effect, workshop.probe.singles, target.parent)
     save_model(result.model, target)
     merged = msgspec.structs.replace(options, config={**options.config, **result.options.config})
     sqnr_db = _golden(target, merged, workshop.probe)
-    least = LEAST_SQNR_DB[step.effect]
+    least = LEAST_SQNR_DB[step.spec.effect]
     return Finding(
         failure=""
         if sqnr_db >= least
-        else f"SQNR {sqnr_db:.1f} dB to the original, {step.effect} needs {least:.0f} dB",
+        else f"SQNR {sqnr_db:.1f} dB to the original, {step.spec.effect} needs {least:.0f} dB",
         model=str(target if sqnr_db >= least else model),
         changed=True,
         counts=result.counts,

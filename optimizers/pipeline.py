@@ -18,7 +18,6 @@ from optimizers.engines import build_engines
 from optimizers.evidence import HeldOut, prove_batching, run_singly
 from optimizers.fidelity import decision_for
 from optimizers.graph import load_model, save_model, signature_of
-from optimizers.host import HostFacts, read_host
 from optimizers.isolation import Probe, Workshop
 from optimizers.passes import Pass, PassContext
 from optimizers.passes.catalog import EXACT, lossy
@@ -29,6 +28,7 @@ from optimizers.search import Gate
 from optimizers.trial import UNTOUCHED, Outcome, TrialPlan, headline, run_trial
 from server.artifact import FORMAT, GOLDEN, Artifact, Batching, Golden, Manifest, Source, digest_of, read_artifact
 from server.errors import ArtifactError
+from server.host import HostFacts, read_host
 from server.providers import CPU, usable_devices
 from server.session import Session
 from server.tensors import Signature

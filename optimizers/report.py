@@ -18,10 +18,10 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from optimizers.fidelity import describe
-from optimizers.host import HostFacts
 from optimizers.measurement import Comparison
 from optimizers.search import Gate, ThreadChoice, mean_speedup
 from server.artifact import Batching, Fidelity, LatencyTable, Source
+from server.host import HostFacts
 
 REPORT_JSON = "report.json"
 REPORT_HTML = "report.html"

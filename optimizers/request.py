@@ -8,11 +8,11 @@ import msgspec
 
 from optimizers.errors import OptimizerError
 from optimizers.graph import files_of
-from optimizers.host import HostFacts
 from optimizers.passes import Pass
 from optimizers.recipe import Recipe
 from server.artifact import Artifact, digest_of, read_artifact
 from server.errors import ArtifactError
+from server.host import HostFacts
 
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 
@@ -73,7 +73,7 @@ def digests_of(request: OptimizeRequest, host: HostFacts, passes: list[Pass]) ->
         raise OptimizerError(
             f"the name {request.name!r} is not one of letters, digits, '.', '_', '-' (no '.' in front)"
         )
-    recipe = "\n".join([request.recipe.digest(), *sorted(f"{step.name} {step.version}" for step in passes)])
+    recipe = "\n".join([request.recipe.digest(), *sorted(f"{step.spec.name} {step.spec.version}" for step in passes)])
     data = [path for path in (request.calibration, request.labels) if path is not None]
     try:
         source, inputs = _joined(files_of(request.model)), _joined(data) if data else ""

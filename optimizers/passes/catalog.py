@@ -14,9 +14,13 @@ from optimizers.passes.simplify import Simplify
 EXACT: tuple[Pass, ...] = (RaiseOpset(), Sanitize(), Simplify(), Fuse(), OrtBasic())
 """Passes that keep FP32 arithmetic; each takes the result of the one before."""
 
-_LOSSY: dict[str, tuple[Pass, ...]] = {
-    "fp16": (Fp16(),),
-    "int8": (Int8Dynamic(), Int8Static(), Int8Static("int8-static-percentile", method="percentile")),
+_LOSSY: dict[str, dict[str, Pass]] = {
+    "fp16": {"fp16": Fp16()},
+    "int8": {
+        "int8-dynamic": Int8Dynamic(),
+        "int8-static": Int8Static(),
+        "int8-static-percentile": Int8Static(method="percentile"),
+    },
 }
 
 
@@ -26,4 +30,4 @@ def lossy(precisions: Collection[str]) -> dict[str, Pass]:
     Args:
         precisions: ``fp32`` (which needs no pass), ``fp16``, ``int8``.
     """
-    return {step.name: step for precision, steps in _LOSSY.items() if precision in precisions for step in steps}
+    return {name: step for key, steps in _LOSSY.items() if key in precisions for name, step in steps.items()}

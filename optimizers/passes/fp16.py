@@ -11,7 +11,7 @@ from onnxruntime.transformers.float16 import convert_float_to_float16
 
 from optimizers.errors import PassFailed
 from optimizers.graph import weight_bytes
-from optimizers.passes import Effect, PassContext, PassResult, copy_of
+from optimizers.passes import PassContext, PassResult, PassSpec, copy_of
 from optimizers.passes.activations import float_tensors, largest_magnitudes
 from optimizers.passes.settle import settle
 
@@ -25,9 +25,7 @@ _LARGEST_PROTO_BYTES = 2_000_000_000
 class Fp16:
     """Convert to FP16, and keep the nodes in FP32 whose weights or observed values do not fit into it."""
 
-    name: ClassVar[str] = "fp16"
-    version: ClassVar[int] = 1
-    effect: ClassVar[Effect] = "lossy"
+    spec: ClassVar[PassSpec] = PassSpec("fp16", 1, "lossy", produces="fp16", target="cuda")
 
     def run(self, model: onnx.ModelProto, context: PassContext) -> PassResult:
         """Apply the pass.

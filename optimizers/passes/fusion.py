@@ -17,7 +17,7 @@ from onnxscript.rewriter.rules.fusion._layer_norm import layer_normalization_rul
 
 from optimizers.errors import PassFailed
 from optimizers.graph import foreign_ops, load_model, opset_of, save_model
-from optimizers.passes import Effect, PassContext, PassResult, copy_of
+from optimizers.passes import PassContext, PassResult, PassSpec, copy_of
 from optimizers.passes.settle import removed, settle
 from server.providers import ort_errors
 
@@ -28,9 +28,7 @@ _LAYER_NORMALIZATION_OPSET = 17
 class Fuse:
     """Fold constants; fuse Conv with BatchNormalization, affine steps, padding; form HardSwish, LayerNormalization."""
 
-    name: ClassVar[str] = "fusion"
-    version: ClassVar[int] = 1
-    effect: ClassVar[Effect] = "tolerance"
+    spec: ClassVar[PassSpec] = PassSpec("fusion", 1, "tolerance")
 
     def run(self, model: onnx.ModelProto, context: PassContext) -> PassResult:  # noqa: ARG002  (the interface)
         """Apply the pass.
@@ -49,9 +47,7 @@ class Fuse:
 class OrtBasic:
     """Let onnxruntime optimize at its BASIC level, whose result is standard ONNX, and keep that as the model."""
 
-    name: ClassVar[str] = "ort-basic"
-    version: ClassVar[int] = 1
-    effect: ClassVar[Effect] = "tolerance"
+    spec: ClassVar[PassSpec] = PassSpec("ort-basic", 1, "tolerance")
 
     def run(self, model: onnx.ModelProto, context: PassContext) -> PassResult:
         """Apply the pass.

@@ -10,11 +10,11 @@ from onnxruntime.quantization.quant_utils import add_pre_process_metadata
 
 from optimizers.errors import PassFailed
 from optimizers.graph import opset_of
-from optimizers.host import HostFacts
 from optimizers.passes import copy_of
 from optimizers.passes.opset import OLDEST_OPSET
 from optimizers.passes.settle import settle
 from server.artifact import SessionOptions
+from server.host import HostFacts
 from server.providers import EXACT_PRODUCTS
 
 WEIGHTED_OPS = frozenset({"MatMul", "Gemm", "Conv"})

@@ -9,7 +9,7 @@ from onnxruntime.quantization import QuantType, quantize_dynamic
 
 from optimizers.errors import PassFailed
 from optimizers.graph import load_model
-from optimizers.passes import Effect, PassContext, PassResult
+from optimizers.passes import PassContext, PassResult, PassSpec
 from optimizers.passes.int8 import DEFAULT_TENSOR_TYPE, int8_options, prepared, reduced_range, weighted_nodes
 from optimizers.passes.settle import settle
 
@@ -19,9 +19,9 @@ _OPS = frozenset({"MatMul", "Gemm"})
 class Int8Dynamic:
     """Quantize MatMul and Gemm; never Conv, whose dynamic form, ConvInteger, is 4 to 6 times slower than FP32."""
 
-    name: ClassVar[str] = "int8-dynamic"
-    version: ClassVar[int] = 1
-    effect: ClassVar[Effect] = "lossy"
+    spec: ClassVar[PassSpec] = PassSpec(
+        "int8-dynamic", 1, "lossy", produces="int8", needs=frozenset({"host"}), target="cpu"
+    )
 
     def run(self, model: onnx.ModelProto, context: PassContext) -> PassResult:
         """Apply the pass.

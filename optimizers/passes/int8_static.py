@@ -18,7 +18,7 @@ from onnxruntime.quantization import (
 
 from optimizers.errors import PassFailed
 from optimizers.graph import load_model
-from optimizers.passes import Effect, PassContext, PassResult
+from optimizers.passes import Need, PassContext, PassResult, PassSpec
 from optimizers.passes.activations import Range, float_tensors, minmax_ranges, percentile_ranges
 from optimizers.passes.int8 import (
     DEFAULT_TENSOR_TYPE,
@@ -40,16 +40,18 @@ class Int8Static(msgspec.Struct, frozen=True):
     """Quantize Conv, MatMul and Gemm with constant weights, per channel.
 
     Attributes:
-        name: Of the variant.
         method: How ranges follow from the data: the extremes, or 99.99 % of the values.
         target: ``cpu``: UINT8 activations, INT8 weights. ``tensorrt``: both INT8 and symmetric, which is all it takes.
     """
 
-    name: str = "int8-static"
     method: Literal["minmax", "percentile"] = "minmax"
     target: Literal["cpu", "tensorrt"] = "cpu"
-    version: int = 1
-    effect: Effect = "lossy"
+
+    @property
+    def spec(self) -> PassSpec:
+        """Declare the pass; only the CPU's form depends on the host."""
+        needs: frozenset[Need] = frozenset({"calibration", "host"} if self.target == "cpu" else {"calibration"})
+        return PassSpec("int8-static", 1, "lossy", produces="int8", needs=needs, target=self.target)
 
     def run(self, model: onnx.ModelProto, context: PassContext) -> PassResult:
         """Apply the pass.

@@ -7,7 +7,7 @@ from onnx import version_converter
 
 from optimizers.errors import PassFailed
 from optimizers.graph import opset_of
-from optimizers.passes import Effect, PassContext, PassResult
+from optimizers.passes import PassContext, PassResult, PassSpec
 from optimizers.passes.settle import settle
 
 OLDEST_OPSET = 13
@@ -20,9 +20,7 @@ TARGET_OPSET = 17
 class RaiseOpset:
     """Convert models below opset 13 to opset 17."""
 
-    name: ClassVar[str] = "opset"
-    version: ClassVar[int] = 1
-    effect: ClassVar[Effect] = "exact"
+    spec: ClassVar[PassSpec] = PassSpec("opset", 1, "exact")
 
     def run(self, model: onnx.ModelProto, context: PassContext) -> PassResult:  # noqa: ARG002  (the interface)
         """Apply the pass.

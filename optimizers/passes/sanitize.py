@@ -10,7 +10,7 @@ from onnx import helper
 
 from optimizers.errors import PassFailed
 from optimizers.graph import IR_PORTABLE, OPSET_CEILING, nodes_of, opset_of
-from optimizers.passes import Effect, PassContext, PassResult, copy_of
+from optimizers.passes import PassContext, PassResult, PassSpec, copy_of
 from optimizers.passes.settle import settle
 
 _IR_WITHOUT_INITIALIZER_INPUTS = 8  # before IR version 4 every weight had to be a graph input as well
@@ -23,9 +23,7 @@ class Sanitize:
     what shape inference finds out about inputs and outputs is not written there.
     """
 
-    name: ClassVar[str] = "sanitize"
-    version: ClassVar[int] = 1
-    effect: ClassVar[Effect] = "exact"
+    spec: ClassVar[PassSpec] = PassSpec("sanitize", 1, "exact")
 
     def run(self, model: onnx.ModelProto, context: PassContext) -> PassResult:  # noqa: ARG002  (the interface)
         """Apply the pass.

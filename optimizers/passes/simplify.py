@@ -7,7 +7,7 @@ import onnxslim
 
 from optimizers.errors import PassFailed
 from optimizers.graph import opset_of
-from optimizers.passes import Effect, PassContext, PassResult, copy_of
+from optimizers.passes import PassContext, PassResult, PassSpec, copy_of
 from optimizers.passes.settle import removed, settle
 
 
@@ -17,9 +17,7 @@ class Simplify:
     onnxslim has changed outputs before, so its result is only ever used behind the golden check.
     """
 
-    name: ClassVar[str] = "simplify"
-    version: ClassVar[int] = 1
-    effect: ClassVar[Effect] = "exact"
+    spec: ClassVar[PassSpec] = PassSpec("simplify", 1, "exact")
 
     def run(self, model: onnx.ModelProto, context: PassContext) -> PassResult:  # noqa: ARG002  (the interface)
         """Apply the pass.

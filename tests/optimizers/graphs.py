@@ -7,8 +7,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from optimizers.host import HostFacts
 from optimizers.passes import PassContext
+from server.host import HostFacts
 
 FLOAT = TensorProto.FLOAT
 NODE = helper.make_node

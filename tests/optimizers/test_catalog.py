@@ -15,13 +15,13 @@ def test_precisions_choose_the_lossy_passes() -> None:
     assert list(LOSSY) == ["fp16", "int8-dynamic", "int8-static", "int8-static-percentile"]
     assert lossy(("fp32",)) == {}
     assert list(lossy(("fp16",))) == ["fp16"]
-    assert all(step.effect == "lossy" and step.name == name for name, step in LOSSY.items())
-    assert all(step.effect != "lossy" for step in EXACT)
+    assert all(step.spec.effect == "lossy" for step in LOSSY.values())
+    assert all(step.spec.effect != "lossy" for step in EXACT)
 
 
-@pytest.mark.parametrize("step", [*EXACT, *LOSSY.values()], ids=lambda step: step.name)
+@pytest.mark.parametrize("step", [*EXACT, *LOSSY.values()], ids=lambda step: step.spec.name)
 def test_passes_can_be_sent_to_another_process(step: Pass) -> None:
-    assert pickle.loads(pickle.dumps(step)).name == step.name
+    assert pickle.loads(pickle.dumps(step)).spec == step.spec
 
 
 @pytest.mark.parametrize("rows", [None, "batch"])
@@ -38,7 +38,7 @@ def test_every_pass_in_its_order_keeps_names_of_axes_and_their_absence(tmp_path:
     context = context_of(tmp_path, [data])
     for step in EXACT:
         result = step.run(model, context)
-        require_equivalent(model, result, step.effect, [data], tmp_path)
+        require_equivalent(model, result, step.spec.effect, [data], tmp_path)
         model = result.model
     for step in LOSSY.values():
-        require_equivalent(model, step.run(model, context), step.effect, [data], tmp_path)
+        require_equivalent(model, step.run(model, context), step.spec.effect, [data], tmp_path)

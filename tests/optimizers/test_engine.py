@@ -86,7 +86,7 @@ def quantized(tmp_path: Path, step: Int8Static, save: Callable[[Path], Path] = s
 
 @rtx
 def test_symmetric_int8_builds(tmp_path: Path) -> None:
-    model = quantized(tmp_path, Int8Static("int8-static-tensorrt", target="tensorrt"))
+    model = quantized(tmp_path, Int8Static(target="tensorrt"))
     assert build_engine(model, CNN, tmp_path / "int8.plan", RTX).plan_bytes > 1000
 
 

@@ -51,7 +51,7 @@ def test_batch_normalization_disappears_into_the_convolution(tmp_path: Path) -> 
     result = Fuse().run(model, context_of(tmp_path))
     assert "BatchNormalization" not in op_counts(result.model)
     assert result.counts["BatchNormalization"] == 1
-    require_equivalent(model, result, Fuse().effect, [{"image": normal(3, 3, 16, 16)}], tmp_path)
+    require_equivalent(model, result, Fuse().spec.effect, [{"image": normal(3, 3, 16, 16)}], tmp_path)
 
 
 def test_layer_normalization_becomes_one_standard_operator(tmp_path: Path) -> None:
@@ -59,7 +59,7 @@ def test_layer_normalization_becomes_one_standard_operator(tmp_path: Path) -> No
     result = Fuse().run(model, context_of(tmp_path))
     assert op_counts(result.model) == {"LayerNormalization": 1}
     assert foreign_ops(result.model) == []
-    require_equivalent(model, result, Fuse().effect, [{"x": normal(3, 8)}], tmp_path)
+    require_equivalent(model, result, Fuse().spec.effect, [{"x": normal(3, 8)}], tmp_path)
 
 
 def test_layer_normalization_is_not_formed_before_it_exists(tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_gelu_becomes_one_standard_operator(tmp_path: Path) -> None:
     result = OrtBasic().run(model, context_of(tmp_path))
     assert op_counts(result.model) == {"Gelu": 1}
     assert [entry.domain for entry in result.model.opset_import] == [""]
-    require_equivalent(model, result, OrtBasic().effect, [{"x": normal(3, 8)}], tmp_path)
+    require_equivalent(model, result, OrtBasic().spec.effect, [{"x": normal(3, 8)}], tmp_path)
 
 
 @pytest.mark.parametrize("step", [Fuse(), OrtBasic()])

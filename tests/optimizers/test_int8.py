@@ -7,7 +7,6 @@ from onnx import numpy_helper
 
 from optimizers.errors import PassFailed
 from optimizers.graph import op_counts, opset_of, signature_of
-from optimizers.host import HostFacts, read_host
 from optimizers.passes import PassResult
 from optimizers.passes.check import answers, require_equivalent
 from optimizers.passes.fusion import Fuse
@@ -16,6 +15,7 @@ from optimizers.passes.int8_dynamic import Int8Dynamic
 from optimizers.passes.int8_static import Int8Static, chained_nodes
 from optimizers.passes.sanitize import Sanitize
 from server.artifact import SessionOptions
+from server.host import HostFacts, read_host
 from server.providers import EXACT_PRODUCTS
 from tests.models import save_cnn, save_mlp, save_two_inputs
 from tests.optimizers.graphs import NODE, WITH_DOT, WITHOUT_DOT, context_of, model_of, normal, weights_of
@@ -186,7 +186,7 @@ def test_an_opset_without_per_channel_scales_is_refused(tmp_path: Path, step: In
 
 @pytest.mark.parametrize("method", ["minmax", "percentile"])
 def test_static_accepts_a_smaller_last_batch(tmp_path: Path, cnn: onnx.ModelProto, method: str) -> None:
-    step = Int8Static(f"int8-static-{method}", method=method)
+    step = Int8Static(method=method)
     result = step.run(cnn, context_of(tmp_path, batches("image", 3, 16, 16)))
     assert result.counts["quantized"] == 2
     assert signature_of(result.model) == signature_of(cnn)
@@ -243,7 +243,7 @@ def test_a_bias_that_is_broadcast_over_rows_is_quantized_like_any_other(tmp_path
 
 
 def test_a_target_of_tensorrt_is_symmetric_with_float_biases(tmp_path: Path, cnn: onnx.ModelProto) -> None:
-    step = Int8Static("int8-static-tensorrt", target="tensorrt")
+    step = Int8Static(target="tensorrt")
     result = step.run(cnn, context_of(tmp_path, batches("image", 3, 16, 16), WITHOUT_DOT))
     weights = weights_of(result.model)
     assert not any(array.dtype == np.int32 for array in weights.values())

@@ -13,10 +13,10 @@ import pytest
 
 from optimizers.errors import PassFailed
 from optimizers.evidence import run_singly
-from optimizers.host import read_host
 from optimizers.isolation import Finding, Probe, Workshop, run_isolated
-from optimizers.passes import PassContext, PassResult, copy_of
+from optimizers.passes import Effect, PassContext, PassResult, PassSpec, copy_of
 from server.artifact import SessionOptions
+from server.host import read_host
 from server.providers import CPU
 from server.session import Session
 
@@ -24,12 +24,11 @@ from server.session import Session
 class Step:
     """A pass for tests; subclasses live at module level because a child process imports them."""
 
-    version = 1
-    effect = "exact"
+    effect: Effect = "exact"
 
     @property
-    def name(self) -> str:
-        return type(self).__name__.lower()
+    def spec(self) -> PassSpec:
+        return PassSpec(type(self).__name__.lower(), 1, self.effect)
 
 
 class Nothing(Step):
@@ -202,7 +201,7 @@ def test_pass_without_effect_keeps_its_input(mlp: Path, workshop: Workshop):
         (Garbage(), "dB to the original, lossy needs 0 dB"),
         (NotANumber(), "is NaN or infinite where it was finite"),
     ],
-    ids=lambda value: value.name if isinstance(value, Step) else "",
+    ids=lambda value: value.spec.name if isinstance(value, Step) else "",
 )
 def test_failure_is_a_refusal_that_keeps_the_input(step: Step, reason: str, mlp: Path, workshop: Workshop):
     finding = run(step, mlp, workshop)

@@ -5,7 +5,6 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from optimizers.host import HostFacts
 from optimizers.report import (
     CandidateRecord,
     DataRecord,
@@ -20,6 +19,7 @@ from optimizers.report import (
 )
 from optimizers.search import Gate, ThreadChoice
 from server.artifact import Batching, Fidelity, LatencyTable, Source
+from server.host import HostFacts
 
 ROWS = (1, 2, 4, 8, 16, 32)
 

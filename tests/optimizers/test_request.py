@@ -8,12 +8,12 @@ import onnx
 import pytest
 
 from optimizers.errors import OptimizerError
-from optimizers.host import read_host
 from optimizers.passes.catalog import EXACT
 from optimizers.recipe import Recipe
 from optimizers.request import Digests, OptimizeRequest, digests_of, find_existing, versions_in
 from server.artifact import Source
 from server.errors import ArtifactError
+from server.host import read_host
 from tests import models
 from tests.artifacts import edit_manifest, write_artifact
 

@@ -1,7 +1,7 @@
 import msgspec
 import pytest
 
-from optimizers.host import HostFacts, parse_cpuinfo, read_host
+from server.host import HostFacts, parse_cpuinfo, read_host
 
 INTEL = """processor\t: 0
 model name\t: Intel(R) Xeon(R) Gold 6254 CPU @ 3.10GHz

@@ -1,21 +1,25 @@
-"""Builds the candidates: the exact passes one after another, then one lossy pass per precision on their result.
+"""Builds candidates: each is a chain of passes, from the original to a form that may be served.
 
-Every pass runs isolated and is rolled back on failure: the next one continues with the last good model.
+Every pass runs isolated and golden-checked. A chain whose pass fails ends there, with that reason; the exact passes are
+built one by one by whoever decides which of them to keep. Chains that begin alike share that work, in this run through
+the forms that were made already, and between runs through the store.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
-from optimizers.isolation import Finding, Workshop, run_isolated
+from optimizers.isolation import Finding, Form, Workshop, run_isolated
 from optimizers.passes import Pass
-from optimizers.report import PassRecord
+from optimizers.passes.catalog import label_of, settings_of
+from optimizers.report import PassRecord, Speed
 from server.artifact import SessionOptions
 from server.providers import Kind
 
-SERVING = SessionOptions(intra_op_threads=1, spinning=False, graph_level="all")
-"""How candidates are opened, as the server does: one thread, which never spins."""
+Chain = tuple[Pass, ...]
+"""Passes in their order."""
 
 
 class Built(msgspec.Struct, frozen=True):
@@ -23,107 +27,135 @@ class Built(msgspec.Struct, frozen=True):
 
     Attributes:
         name: The candidate's name, unique.
-        precision: ``fp32``, ``fp16``, ``int8-dynamic``, ``int8-static``.
+        precision: ``fp32``, ``fp16``, ``int8-dynamic``, ``int8-static``, ...
         provider: ``cpu`` or ``cuda``.
-        exact: Whether it keeps FP32 arithmetic.
-        model: The file.
-        options: How to open it, threads aside.
+        exact: Whether it keeps FP32 arithmetic and all weights.
+        form: The model, and how to open it, threads aside.
+        chain: The passes that made it.
         failure: Why it does not exist; empty when it does.
+        host_bound: Whether it holds operators that are made for this kind of CPU only.
     """
 
     name: str
     precision: str
     provider: Kind
     exact: bool
-    model: Path
-    options: SessionOptions = SERVING
+    form: Form
+    chain: Chain = ()
     failure: str = ""
+    host_bound: bool = False
+
+    @property
+    def model(self) -> Path:
+        """The file."""
+        return self.form.model
+
+    @property
+    def options(self) -> SessionOptions:
+        """How to open it, threads aside."""
+        return self.form.options
 
     @property
     def size_bytes(self) -> int:
-        """Size of the file; 0 when there is none."""
-        return 0 if self.failure else self.model.stat().st_size
+        """Size of its files; 0 when there are none."""
+        weights = self.model.with_name(f"{self.model.name}.data")  # where ``save_model`` puts those beyond 2 GB
+        return 0 if self.failure else sum(file.stat().st_size for file in (self.model, weights) if file.is_file())
+
+    @property
+    def passes(self) -> tuple[str, ...]:
+        """The chain as people write it."""
+        return tuple(label_of(step) for step in self.chain)
 
 
-class Plan(msgspec.Struct, frozen=True):
-    """Which passes make which candidates.
-
-    Attributes:
-        exact: Passes that lead to FP32, in order.
-        lossy: Precision -> pass, each applied to the FP32 result.
-        devices: ``cpu``, and ``cuda`` where it works.
-        no_proof: Why no lossy variant can be proven, so that none is tried; empty when it can.
-    """
-
-    exact: tuple[Pass, ...]
-    lossy: dict[str, Pass]
-    devices: tuple[str, ...]
-    no_proof: str
-
-
-def build(
-    source: Path, plan: Plan, workshop: Workshop, observe: Callable[[str, float], None]
-) -> tuple[list[Built], list[PassRecord]]:
-    """Run all passes; return the candidates and what each pass did.
+class Line:
+    """Runs chains of passes on one original.
 
     Args:
-        source: The original as one file.
-        plan: The passes.
-        workshop: Where and with what they run.
-        observe: Told about progress.
+        original: The original.
+        workshop: Where and with what passes run.
+
+    Attributes:
+        original: As given.
+        records: What each pass did, in the order of their first run.
     """
-    records: list[PassRecord] = []
-    total = len(plan.exact) + len(plan.lossy)
 
-    def run(step: Pass, model: Path, options: SessionOptions) -> Finding:
-        observe(f"pass {step.spec.name}", len(records) / total)
-        finding = run_isolated(step, model, workshop, options)
-        records.append(_record(step, finding))
-        return finding
+    def __init__(self, original: Form, workshop: Workshop) -> None:
+        self.original = original
+        self.records: list[PassRecord] = []
+        self._workshop = workshop
+        self._made: dict[bytes, tuple[Form, Finding]] = {}
 
-    model, options = source, SERVING
-    for step in plan.exact:
-        finding = run(step, model, options)
-        if not finding.failure:
-            model, options = Path(finding.model), finding.options
-    built = [Built("fp32", "fp32", "cpu", exact=True, model=model, options=options)]
-    for precision, step in plan.lossy.items():
-        if plan.no_proof:
-            records.append(
-                PassRecord(step.spec.name, step.spec.version, step.spec.effect, "refused", plan.no_proof, 0.0)
-            )
-            built.append(Built(precision, precision, "cpu", exact=False, model=model, failure=plan.no_proof))
-            continue
-        finding = run(step, model, options)
-        built.append(_candidate(precision, finding))
-    return [*built, *_on_gpu(built, plan.devices)], records
+    def build(self, name: str, chain: Chain, precision: str, *, exact: bool = False) -> Built:
+        """Build a candidate for the CPU; it carries a failure when one of its passes fails or changes nothing."""
+        form = self.original
+        for index, step in enumerate(chain):
+            made, finding = self.apply(chain[:index], form, step)
+            failure = finding.failure
+            if not failure and not finding.changed and step.spec.effect == "lossy":
+                failure = f"nothing to convert: {finding.note}"
+            if failure:
+                label = label_of(step)
+                reason = failure if index == len(chain) - 1 else f"{label}: {failure}"
+                return Built(name, precision, "cpu", exact, form, chain, reason)
+            form = made
+        bound = any(step.spec.produces == "cpu-build" for step in chain)
+        return Built(name, precision, "cpu", exact, form, chain, host_bound=bound)
+
+    def apply(self, before: Chain, form: Form, step: Pass) -> tuple[Form, Finding]:
+        """Run one pass on a form; return its result, or the form itself when it failed or changed nothing.
+
+        Args:
+            before: The passes that made the form.
+            form: What to run it on.
+            step: The pass.
+        """
+        key = msgspec.json.encode([settings_of(done) for done in (*before, step)])
+        if key not in self._made:
+            finding = run_isolated(step, form, self._workshop)
+            self.records.append(_record(before, step, finding))
+            self._made[key] = (_result(form, step, finding), finding)
+        return self._made[key]
+
+    def annotate(self, step: Pass, before: Chain, speed: tuple[Speed, ...], left_out: str) -> None:
+        """Add to the record of a pass how fast its result is, and why it was left out, if it was."""
+        name, after = label_of(step), tuple(label_of(done) for done in before)
+        for index, record in enumerate(self.records):
+            if (record.name, record.after) == (name, after):
+                changes: dict[str, Any] = {"status": "slower", "reason": left_out} if left_out else {}
+                self.records[index] = msgspec.structs.replace(record, speed=speed, **changes)
 
 
-def _candidate(precision: str, finding: Finding) -> Built:
-    failure = finding.failure or ("" if finding.changed else f"nothing to convert: {finding.note}")
-    return Built(
-        precision, precision, "cpu", exact=False, model=Path(finding.model), options=finding.options, failure=failure
-    )
-
-
-def _on_gpu(built: Sequence[Built], devices: Sequence[str]) -> list[Built]:
-    """Repeat FP32 and FP16 for the GPU; CUDA has no INT8 kernels, there INT8 needs TensorRT."""
+def on_gpu(built: Sequence[Built], devices: Sequence[str]) -> list[Built]:
+    """Repeat FP32, FP16 and BF16 for the GPU; CUDA has no INT8 kernels, there INT8 needs TensorRT."""
     return [
         msgspec.structs.replace(b, name=f"{b.name}-cuda", provider="cuda")
         for b in built
-        if "cuda" in devices and b.precision in ("fp32", "fp16")
+        if "cuda" in devices and b.precision in ("fp32", "fp16", "bf16") and not b.host_bound
     ]
 
 
-def _record(step: Pass, finding: Finding) -> PassRecord:
+def _result(form: Form, step: Pass, finding: Finding) -> Form:
+    if finding.failure or not finding.changed:
+        return form
+    is_quantized = step.spec.produces != "fp32"
+    reference, digest = form.reference, form.reference_sha256
+    if is_quantized and reference is None:
+        reference, digest = form.model, form.sha256
+    return Form(Path(finding.model), finding.sha256, finding.options, reference, digest)
+
+
+def _record(before: Chain, step: Pass, finding: Finding) -> PassRecord:
+    spec = step.spec
     status = "refused" if finding.failure else "applied" if finding.changed else "unchanged"
     return PassRecord(
-        name=step.spec.name,
-        version=step.spec.version,
-        effect=step.spec.effect,
+        name=label_of(step),
+        version=spec.version,
+        effect=spec.effect,
         status=status,
         reason=finding.failure or finding.note,
         seconds=finding.seconds,
+        after=tuple(label_of(done) for done in before),
+        cached=finding.cached,
         counts=finding.counts,
         ops_before=finding.ops_before,
         ops_after=finding.ops_after,

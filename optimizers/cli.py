@@ -19,7 +19,7 @@ from rich.table import Table
 from optimizers import pipeline
 from optimizers.errors import OptimizerError
 from optimizers.fidelity import describe
-from optimizers.recipe import Precision, Recipe, Target, read_recipe
+from optimizers.recipe import Compression, Objective, Precision, Recipe, Target, read_recipe
 from optimizers.report import REPORT_HTML, REPORT_JSON, CandidateRecord, Report, read_report
 from optimizers.request import OptimizeRequest
 from server.artifact import Artifact, Variant, read_artifact, read_golden
@@ -52,8 +52,10 @@ def _reports_errors(command: Callable[..., None]) -> Callable[..., None]:
 def _listed(_context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[str, ...] | None:
     if value is None:
         return None
-    known = get_args(Precision if parameter.name == "precisions" else Target)
+    known = get_args({"precisions": Precision, "compressions": Compression}.get(str(parameter.name), Target))
     wanted = tuple(item.strip() for item in value.split(",") if item.strip())
+    if value == "none" and parameter.name == "compressions":
+        return ()
     unknown = [item for item in wanted if item not in known]
     if unknown or not wanted:
         raise click.BadParameter(f"{value!r}; it is a list of {', '.join(known)}, separated by commas")
@@ -76,30 +78,43 @@ def _seconds(_context: click.Context, _parameter: click.Parameter, value: float)
 @click.option("--min-agreement", type=float, help="Least share of equal decisions, 0 to 1.  [default: 0.99]")
 @click.option("--max-accuracy-drop", type=float, help="Largest loss of accuracy on labels, 0 to 1.  [default: 0.01]")
 @click.option("--devices", callback=_listed, help="List of cpu, cuda, tensorrt.  [default: cpu,cuda]")
-@click.option("--precisions", callback=_listed, help="List of fp32, fp16, int8.  [default: all]")
-@click.option("--slo-ms", type=float, help="Wanted p99 of a run: batches stay within it.")
+@click.option("--precisions", callback=_listed, help="List of fp32, fp16, bf16, int8, int4.  [default: all]")
+@click.option(
+    "--compressions",
+    callback=_listed,
+    help="List of low-rank, prune-channels, sparsity-2-4, or none.  [default: low-rank,prune-channels]",
+)
+@click.option("--objective", type=click.Choice(get_args(Objective)), help="What counts.  [default: latency]")
+@click.option("--slo-ms", type=float, help="Wanted p99 of a run: a variant and its batches stay within it.")
+@click.option("--evaluator", default="", help="MODULE:FUNCTION(outputs, labels) -> metric, higher is better.")
 @click.option("--recipe", "recipe_file", type=_FILE, help="RECIPE.toml; options given here win over it.")
 @click.option(
-    "--time-budget", default=15.0, show_default=True, callback=_seconds, help="Seconds for the latency races."
+    "--time-budget", default=300.0, show_default=True, callback=_seconds, help="Seconds; then nothing more is tried."
+)
+@click.option(
+    "--cache", type=click.Path(file_okay=False, path_type=Path), help="Finished work.  [default: REPO/.cache]"
 )
 @click.option("--json", "as_json", is_flag=True, help="Print report.json on stdout, and nothing else there.")
 @_reports_errors
 def optimize(model: Path, recipe_file: Path | None, time_budget: float, *, as_json: bool, **options: Any) -> None:
     r"""Optimize MODEL.onnx, prove every variant against it on this host, and write a servable artifact.
 
-    The model passes through clean-up and operator fusion, then through FP16 and INT8 quantization. A variant is served
-    only if it agrees with the original on held-out samples and is faster than it; the report says why each other one
-    was refused. The same input twice does nothing the second time.
+    The model passes through clean-up and operator fusion, then through quantization and compression, with repair where
+    it pays. A variant is served only if it agrees with the original on held-out samples and is better than it; the
+    report says why each other one was refused. The same input twice does nothing the second time, and an interrupted
+    run goes on where it was. Every artifact holds recipe.toml, which makes the same variants again with --recipe.
 
     DATA.npz holds one array per model input, keyed by the input's name; the first axis counts the samples (128 for
-    calibration and 512 held out make a good proof). LABELS.npz holds 'labels', one class per sample.
+    calibration, 128 for the search and 512 held out make a good proof). LABELS.npz holds 'labels', one class per
+    sample.
 
     \b
     Example:
       slipstream optimize model.onnx --repository models --name mine --calibration data.npz
       slipstream serve models
     """
-    given = {key: options.pop(key) for key in ("repository", "name", "version", "calibration", "labels")}
+    keys = ("repository", "name", "version", "calibration", "labels", "evaluator", "cache")
+    given = {key: options.pop(key) for key in keys}
     if given["labels"] is not None and given["calibration"] is None:
         raise click.UsageError("--labels needs --calibration: labels belong to samples")
     command = shlex.join(["slipstream", *sys.argv[1:]])

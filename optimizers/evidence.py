@@ -6,13 +6,17 @@ for the others. Singles run several at a time, each in its own thread; a session
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from typing import Protocol
 
 import msgspec
 import numpy as np
 
 from optimizers.errors import PassFailed
+from optimizers.evaluator import Evaluate
 from optimizers.fidelity import compare, worse, worst_sqnr_db
+from optimizers.masks import hide, mask_of
+from optimizers.slices import slices_of
 from server.artifact import Batching, Fidelity
 from server.errors import InferenceFailed
 from server.tensors import Array, Signature, Tensors
@@ -36,7 +40,7 @@ class Runner(Protocol):
         ...
 
 
-class HeldOut(msgspec.Struct, frozen=True):
+class HeldOut(msgspec.Struct, frozen=True, dict=True):
     """Samples that no pass has seen, with the original's answers.
 
     Attributes:
@@ -50,6 +54,21 @@ class HeldOut(msgspec.Struct, frozen=True):
     reference: Tensors
     decision: str
     labels: Array | None = None
+
+    @cached_property
+    def mask(self) -> Array | None:
+        """Which positions of the samples count, see ``masks.mask_of``."""
+        return mask_of(self.singles)
+
+    @cached_property
+    def visible(self) -> Tensors:
+        """The original's answers, zero at positions that the mask hides."""
+        return hide(self.reference, self.mask)
+
+    @cached_property
+    def slices(self) -> dict[str, Array]:
+        """How the samples are told apart, see ``slices.slices_of``."""
+        return slices_of(self.reference, self.decision, self.singles, self.labels)
 
 
 def join(singles: Sequence[Tensors]) -> dict[str, Array]:
@@ -65,6 +84,11 @@ def run_singly(session: Runner, singles: Sequence[Tensors], workers: int = 1) ->
     """
     with ThreadPoolExecutor(workers) as pool:
         answers = list(pool.map(session.run, singles))
+    return stack(answers)
+
+
+def stack(answers: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
+    """Make name -> outputs with axis 0 = samples of the answers to single requests, see ``run_singly``."""
     return {name: _stack([answer[name] for answer in answers]) for name in answers[0]}
 
 
@@ -99,7 +123,7 @@ def prove_batching(session: Runner, signature: Signature, held_out: HeldOut, row
         return Batching(False, "axis 0 of the inputs and outputs is not one shared variable axis", 1)
     try:
         batched = run_batched(session, held_out.singles, rows, workers)
-        agreement = compare(held_out.reference, batched, held_out.decision).agreement
+        agreement = compared(batched, held_out).agreement
     except (PassFailed, InferenceFailed) as exc:
         return Batching(False, f"a batch of {rows} fails: {exc}", 1)
     n, sqnr = len(held_out.singles), worst_sqnr_db(held_out.reference, batched)
@@ -118,23 +142,46 @@ def prove_batching(session: Runner, signature: Signature, held_out: HeldOut, row
     return Batching(True, f"batches of {rows} answer as single requests do ({seen}, {n} samples)", rows)
 
 
-def fidelity_of(session: Runner, held_out: HeldOut, rows: int, workers: int = 1) -> Fidelity:
+def fidelity_of(
+    session: Runner, held_out: HeldOut, rows: int, workers: int = 1, evaluate: Evaluate | None = None
+) -> Fidelity:
     """Compare a candidate with the original one by one and in batches of ``rows``; the worse counts.
 
     Dynamic INT8 takes its scale from the whole batch, so that a row's answer can depend on its neighbours.
 
+    Args:
+        session: The candidate.
+        held_out: Samples with the original's single answers.
+        rows: The batch size; 1 where rows must not share a run.
+        workers: Runs at a time.
+        evaluate: The user's metric, see ``evaluator``; its value stands in the place of the accuracy.
+
     Raises:
-        PassFailed: If an output has another shape, or is NaN or infinite where the original's is finite.
+        PassFailed: If an output has another shape, or is NaN or infinite where the original's is finite, or if the
+            evaluator fails on the candidate's outputs.
+        CalibrationError: If the evaluator fails on the original's outputs.
         InferenceFailed: If the session fails.
     """
-    alone = _compared(run_singly(session, held_out.singles, workers), held_out)
+    alone = compared(run_singly(session, held_out.singles, workers), held_out, evaluate)
     if rows == 1:
         return alone
-    return worse(alone, _compared(run_batched(session, held_out.singles, rows, workers), held_out))
+    return worse(alone, compared(run_batched(session, held_out.singles, rows, workers), held_out, evaluate))
 
 
-def _compared(outputs: Tensors, held_out: HeldOut) -> Fidelity:
-    return compare(held_out.reference, outputs, held_out.decision, held_out.labels)
+def compared(outputs: Tensors, held_out: HeldOut, evaluate: Evaluate | None = None) -> Fidelity:
+    """Compare answers to the held-out samples with the original's; what a mask hides does not count.
+
+    Args:
+        outputs: Name -> the candidate's output, axis 0 = samples.
+        held_out: Samples with the original's answers.
+        evaluate: The user's metric.
+
+    Raises:
+        PassFailed: As ``fidelity_of``.
+        CalibrationError: As ``fidelity_of``.
+    """
+    seen = hide(outputs, held_out.mask)
+    return compare(held_out.visible, seen, held_out.decision, held_out.labels, held_out.slices, evaluate)
 
 
 def _has_batch_axis(signature: Signature) -> bool:

@@ -58,7 +58,7 @@ def files_of(path: Path) -> list[Path]:
         raise ModelError(f"cannot read {path}: {exc.strerror or exc}") from exc
     except (DecodeError, ValueError) as exc:
         raise ModelError(f"{path} is not an ONNX model: {exc}") from exc
-    outside = [tensor for tensor in model.graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL]
+    outside = [tensor for tensor in tensors_of(model) if tensor.data_location == onnx.TensorProto.EXTERNAL]
     names = {entry.value for tensor in outside for entry in tensor.external_data if entry.key == "location"}
     return [path, *(path.parent / name for name in sorted(names))]
 
@@ -139,21 +139,42 @@ def foreign_ops(model: onnx.ModelProto) -> list[str]:
     return sorted(used)
 
 
-def nodes_of(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
-    """Yield every node of the main graph and of the subgraphs of its control flow."""
+def graphs_of(model: onnx.ModelProto) -> Iterator[onnx.GraphProto]:
+    """Yield the main graph and the subgraphs of its control flow, each before those inside it."""
     pending = [model.graph]
     while pending:
-        for node in pending.pop().node:
-            yield node
+        graph = pending.pop()
+        yield graph
+        for node in graph.node:
             for attribute in node.attribute:
                 if attribute.type == onnx.AttributeProto.GRAPH:
                     pending.append(attribute.g)
                 pending.extend(attribute.graphs)
 
 
+def nodes_of(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
+    """Yield every node of the main graph and of the subgraphs of its control flow."""
+    for graph in graphs_of(model):
+        yield from graph.node
+
+
+def tensors_of(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    """Yield every tensor that the file holds: initializers and Constant nodes, also in subgraphs and functions."""
+    for graph in graphs_of(model):
+        yield from graph.initializer
+        for sparse in graph.sparse_initializer:
+            yield from (sparse.values, sparse.indices)
+    inside = (node for function in model.functions for node in function.node)
+    for node in (*nodes_of(model), *inside):
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.TENSOR:
+                yield attribute.t
+            yield from attribute.tensors
+
+
 def weight_bytes(model: onnx.ModelProto) -> int:
-    """Return the size of the weights in the main graph, which is nearly that of the model."""
-    return sum(len(tensor.raw_data) or tensor.ByteSize() for tensor in model.graph.initializer)
+    """Return the size of all tensors in the file, which is nearly that of the model."""
+    return sum(len(tensor.raw_data) or tensor.ByteSize() for tensor in tensors_of(model))
 
 
 def _spec(value: onnx.ValueInfoProto) -> TensorSpec:

@@ -1,16 +1,17 @@
-"""Runs one pass in a process of its own, so that a crash, a hang or an exception of a third-party tool is a refusal.
+"""Runs one pass in a process of its own, so that whatever a third-party tool does is, at worst, a refusal.
 
 The child loads the model, runs the pass, requires its result to be as near to its input as the pass's effect promises,
 and compares it, opened as the server opens it, with the original's outputs on a few samples. Parent and child share a
-folder: what a job needs goes in as files, a ``Finding`` comes back as JSON and the new model as a file. Nothing of the
-pass's process survives it.
+folder: what a job needs goes in as files, a ``Finding`` comes back as JSON and the new model as a file. A child that
+crashes, runs too long or takes too much memory is ended and its pass refused; nothing of it survives. What a child
+answered is kept in a store, and the same job is not run again.
 """
 
 import json
+import os
 import pickle
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -19,9 +20,11 @@ import msgspec
 from optimizers.errors import PassFailed
 from optimizers.evidence import run_singly
 from optimizers.fidelity import worst_sqnr_db
-from optimizers.graph import load_model, op_counts, save_model
+from optimizers.graph import files_of, load_model, op_counts, save_model
 from optimizers.passes import Pass, PassContext
+from optimizers.passes.catalog import settings_of
 from optimizers.passes.check import require_equivalent
+from optimizers.store import Store, joint_digest, key_of
 from server.artifact import SessionOptions
 from server.providers import CPU
 from server.session import Session
@@ -31,10 +34,15 @@ from server.tensors import Tensors
 # judged on all held-out samples later, so that only garbage is stopped here.
 LEAST_SQNR_DB = {"exact": 60.0, "tolerance": 30.0, "lossy": 0.0}
 
+SERVING = SessionOptions(intra_op_threads=1, spinning=False, graph_level="all")
+"""How candidates are opened, as the server does: one thread, which never spins."""
+
 _START = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from optimizers.isolation import main; main(sys.argv[2])"
 )
-_JOB, _FINDING, _RESULT = "job.pickle", "finding.json", "model.onnx"
+_JOB, _FINDING, _RESULT, _LOG = "job.pickle", "finding.json", "model.onnx", "log.txt"
+_LOOK_S = 0.05
+_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
 class Probe(msgspec.Struct, frozen=True):
@@ -44,115 +52,203 @@ class Probe(msgspec.Struct, frozen=True):
     reference: Tensors
 
 
+class Form(msgspec.Struct, frozen=True):
+    """A model on its way through the passes.
+
+    Attributes:
+        model: Its file.
+        sha256: Digest of its content.
+        options: How its sessions are opened.
+        reference: The unquantized model that it was made of; ``None`` while it is that itself.
+        reference_sha256: Digest of that model's content.
+    """
+
+    model: Path
+    sha256: str
+    options: SessionOptions = SERVING
+    reference: Path | None = None
+    reference_sha256: str = ""
+
+
 class Finding(msgspec.Struct, frozen=True):
     """What became of a pass.
 
     Attributes:
         failure: Why its result must not be used; empty when it may.
-        model: The resulting file; the pass's input when it failed or changed nothing.
         changed: Whether the pass changed the model.
+        sha256: Digest of the result's content; empty when nothing changed or it must not be used.
         counts: What was fused, removed or converted.
         note: The pass's own remark.
         options: How sessions of the result must be opened.
         ops_before: Node count per operator before, and ``ops_after`` after the pass.
         sqnr_db: The result against the original on the probe.
+        seconds: Wall time of the child that ran it.
+        model: The resulting file; empty when there is no new one.
+        cached: Whether an earlier run found this out.
     """
 
     failure: str = ""
-    model: str = ""
     changed: bool = False
+    sha256: str = ""
     counts: dict[str, int] = {}
     note: str = ""
-    options: SessionOptions = SessionOptions()
+    options: SessionOptions = SERVING
     ops_before: dict[str, int] = {}
     ops_after: dict[str, int] = {}
     sqnr_db: float | None = None
     seconds: float = 0.0
+    model: str = ""
+    cached: bool = False
 
 
 class Workshop(msgspec.Struct, frozen=True):
-    """Where jobs run.
+    """Where and with what jobs run.
 
     Attributes:
-        folder: Each pass gets a folder of its own below it.
-        context: What passes may use.
+        store: Keeps what children answered.
+        context: What passes may use; the reference is set for each job.
         probe: The golden check.
+        inputs: Digest of everything that calibration and probe come from.
         timeout_s: Seconds after which a pass is stopped.
+        memory_bytes: Resident memory at which a pass is stopped; 0 means no limit.
     """
 
-    folder: Path
+    store: Store
     context: PassContext
     probe: Probe
+    inputs: str = ""
     timeout_s: float = 600.0
+    memory_bytes: int = 0
 
 
-def run_isolated(step: Pass, model: Path, workshop: Workshop, options: SessionOptions) -> Finding:
-    """Run a pass on a model file in a child process and wait for it; never raises for what the pass does.
+class _Job(msgspec.Struct, frozen=True):
+    step: Pass
+    form: Form
+    context: PassContext
+    probe: Probe
+
+
+def run_isolated(step: Pass, form: Form, workshop: Workshop) -> Finding:
+    """Run a pass on a model in a child process and wait for it; never raises for what the pass does.
 
     Args:
         step: The pass; it must be picklable by name.
-        model: Its input, left as it is.
-        workshop: Folder, context, golden check and time limit.
-        options: How sessions of the input are opened; the pass may add to them.
+        form: Its input, left as it is.
+        workshop: Store, context, golden check and limits.
     """
-    workshop.folder.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f"{step.spec.name}-", dir=workshop.folder))
-    (folder / _JOB).write_bytes(pickle.dumps((step, model, workshop, options)))
+    key = _key(step, form, workshop)
+    if (place := workshop.store.find(key)) is not None:
+        return msgspec.structs.replace(_read(place), cached=True)
+    folder = workshop.store.draft()
+    context = msgspec.structs.replace(workshop.context, work=folder, reference=form.reference or form.model)
+    (folder / _JOB).write_bytes(pickle.dumps(_Job(step, form, context, workshop.probe)))
     start = time.monotonic()
-    failure = _spawn(folder, workshop.timeout_s)
+    failure = _spawn(folder, workshop)
     seconds = time.monotonic() - start
     if failure:
-        return Finding(failure=failure, model=str(model), seconds=seconds)
-    finding = msgspec.json.decode((folder / _FINDING).read_bytes(), type=Finding)
-    return msgspec.structs.replace(finding, seconds=seconds)
+        return Finding(failure=failure, options=form.options, seconds=seconds)  # not kept: it may go well next time
+    (folder / _JOB).unlink()
+    finding = msgspec.structs.replace(_read(folder), seconds=seconds, model="")
+    (folder / _FINDING).write_bytes(msgspec.json.encode(finding))
+    return _read(workshop.store.keep(key, folder))
 
 
 def main(folder: str) -> None:
     """Run the job in a folder; the child's side of ``run_isolated``."""
     place = Path(folder)
-    step, model, workshop, options = pickle.loads((place / _JOB).read_bytes())  # noqa: S301  (our own file)
+    job: _Job = pickle.loads((place / _JOB).read_bytes())  # noqa: S301  (our own file)
     try:
-        finding = _work(step, model, workshop, options, place / _RESULT)
+        finding = _work(job, place / _RESULT)
     except PassFailed as exc:
-        finding = Finding(failure=str(exc), model=str(model))
+        finding = Finding(failure=str(exc), options=job.form.options)
+    except MemoryError:
+        finding = Finding(failure="ran out of memory", options=job.form.options)
     except Exception as exc:  # noqa: BLE001  (the stage's isolation: any failure of a pass is a refusal with its reason)
         text = str(exc).strip().splitlines()
-        finding = Finding(failure=f"{type(exc).__name__}: {text[0] if text else 'no message'}", model=str(model))
+        reason = f"{type(exc).__name__}: {text[0] if text else 'no message'}"
+        finding = Finding(failure=reason, options=job.form.options)
     (place / _FINDING).write_bytes(msgspec.json.encode(finding))
 
 
-def _spawn(folder: Path, timeout_s: float) -> str:
+def _key(step: Pass, form: Form, workshop: Workshop) -> str:
+    """Name a job by everything that its result follows from."""
+    spec, host = step.spec, workshop.context.host
+    parts = [spec.version, settings_of(step), form.sha256, form.options, host.tools, workshop.inputs]
+    if "reference" in spec.needs:
+        parts.append(form.reference_sha256)
+    # The golden check ran on this host as well, but what it found counts wherever the pass gives the same file.
+    parts.append(host.fingerprint if "host" in spec.needs else host.arch)
+    return key_of("pass", *parts, workshop.context.seed)
+
+
+def _read(folder: Path) -> Finding:
+    finding = msgspec.json.decode((folder / _FINDING).read_bytes(), type=Finding)
+    return msgspec.structs.replace(finding, model=str(folder / _RESULT) if finding.sha256 else "")
+
+
+def _spawn(folder: Path, workshop: Workshop) -> str:
     """Run the child; return why it ended badly, or nothing."""
     command = [sys.executable, "-c", _START, json.dumps(sys.path), str(folder)]
-    with (folder / "log.txt").open("wb") as log:
-        try:
-            status = subprocess.run(command, stdout=log, stderr=log, timeout=timeout_s, check=False).returncode
-        except subprocess.TimeoutExpired:
-            return f"stopped after {timeout_s:g} s without a result"
+    with (folder / _LOG).open("wb") as log:
+        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        stopped = _watch(child, workshop)
+    if stopped:
+        return stopped
+    status = child.returncode
     if status == 0 and (folder / _FINDING).is_file():
         return ""
-    lines = (folder / "log.txt").read_text(errors="replace").strip().splitlines()
+    lines = (folder / _LOG).read_text(errors="replace").strip().splitlines()
     ended = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
     return f"its process {ended}" + (f": {lines[-1]}" if lines else "")
 
 
-def _work(step: Pass, model: Path, workshop: Workshop, options: SessionOptions, target: Path) -> Finding:
-    source = load_model(model)
+def _watch(child: "subprocess.Popen[bytes]", workshop: Workshop) -> str:
+    """Wait for the child; end it, and return why, when it exceeds its time or its memory."""
+    end = time.monotonic() + workshop.timeout_s
+    try:
+        while True:
+            try:
+                child.wait(_LOOK_S)
+                return ""
+            except subprocess.TimeoutExpired:
+                pass
+            if time.monotonic() > end:
+                return f"stopped after {workshop.timeout_s:g} s without a result"
+            used = resident_bytes(child.pid)
+            if 0 < workshop.memory_bytes < used:
+                return f"stopped at {used / 1e9:.1f} GB of memory; allowed are {workshop.memory_bytes / 1e9:.1f} GB"
+    finally:
+        if child.poll() is None:  # also when the user interrupts
+            child.kill()
+            child.wait()
+
+
+def resident_bytes(pid: int) -> int:
+    """Return the resident memory of a process; 0 when it is gone."""
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1]) * _PAGE_BYTES
+    except (OSError, IndexError):
+        return 0
+
+
+def _work(job: _Job, target: Path) -> Finding:
+    spec, options = job.step.spec, job.form.options
+    source = load_model(job.form.model)
     before = op_counts(source)
-    result = step.run(source, workshop.context)
+    result = job.step.run(source, job.context)
     if not result.changed:
-        return Finding(model=str(model), note=result.note, ops_before=before, ops_after=before, options=options)
-    require_equivalent(source, result, step.spec.effect, workshop.probe.singles, target.parent)
+        return Finding(note=result.note, ops_before=before, ops_after=before, options=options)
+    require_equivalent(source, result, spec.effect, job.probe.singles, target.parent)
     save_model(result.model, target)
-    merged = msgspec.structs.replace(options, config={**options.config, **result.options.config})
-    sqnr_db = _golden(target, merged, workshop.probe)
-    least = LEAST_SQNR_DB[step.spec.effect]
+    level = result.options.graph_level if spec.produces == "cpu-build" else options.graph_level
+    merged = msgspec.structs.replace(options, config={**options.config, **result.options.config}, graph_level=level)
+    sqnr_db = _golden(target, merged, job.probe)
+    least = LEAST_SQNR_DB[spec.effect]
+    failure = "" if sqnr_db >= least else f"SQNR {sqnr_db:.1f} dB to the original, {spec.effect} needs {least:.0f} dB"
     return Finding(
-        failure=""
-        if sqnr_db >= least
-        else f"SQNR {sqnr_db:.1f} dB to the original, {step.spec.effect} needs {least:.0f} dB",
-        model=str(target if sqnr_db >= least else model),
+        failure=failure,
         changed=True,
+        sha256="" if failure else joint_digest(files_of(target)),
         counts=result.counts,
         note=result.note,
         options=merged,

@@ -111,6 +111,10 @@ class Race(msgspec.Struct, frozen=True):
         """Batch sizes measured, ascending."""
         return tuple(sorted({rows for _, rows in self.samples}))
 
+    def has(self, name: str) -> bool:
+        """Whether a session took part."""
+        return any(name == seen for seen, _ in self.samples)
+
     def table(self, name: str) -> LatencyTable:
         """Return a session's latency table: median, p99 and the median's 95 % interval, in milliseconds."""
         times = [sorted(s.wall_s * 1e3 for s in self.samples[name, rows]) for rows in self.rows]

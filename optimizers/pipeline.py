@@ -1,36 +1,48 @@
-"""From ``model.onnx`` to an artifact: load, passes, proof, race, choice, and a folder renamed into place.
+"""From ``model.onnx`` to an artifact: load, ask, search, prove, race, choose, and a folder renamed into place.
 
 The same model, data, recipe, tools and host give the same artifact: a second run finds it and does nothing. An artifact
-is never changed; other content becomes the next version.
+is never changed; other content becomes the next version. Finished work is kept in a store, so that an interrupted run
+goes on where it was.
 """
 
+import os
 import tempfile
 import time
-from collections.abc import Callable
-from datetime import UTC, datetime
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import get_args
 
 import msgspec
 
-from optimizers.building import SERVING, Built, Plan, build
-from optimizers.calibration import Samples, read_samples, split, synthetic_samples, why_no_proof
+from optimizers.asking import Original, Parts, Place, ask, parts_of
+from optimizers.building import Built, Line, on_gpu
 from optimizers.engines import build_engines
-from optimizers.evidence import HeldOut, prove_batching, run_singly
-from optimizers.fidelity import decision_for
-from optimizers.graph import load_model, save_model, signature_of
-from optimizers.isolation import Probe, Workshop
+from optimizers.evaluator import Evaluate, load_evaluator
+from optimizers.evidence import HeldOut
+from optimizers.exact import build_exact
+from optimizers.exam import Exam
+from optimizers.explore import NO_SEARCH, Appraisal, Explorer, Found, Quest, unproven
+from optimizers.graph import load_model, op_counts, save_model, signature_of
+from optimizers.isolation import Form, Probe, Workshop
+from optimizers.pareto import Policy
 from optimizers.passes import Pass, PassContext
-from optimizers.passes.catalog import EXACT, lossy
-from optimizers.publish import golden_of, move_into_place, write_golden, write_manifest, write_variants
-from optimizers.report import DataRecord, EngineRecord, PassRecord, Report, write_report
+from optimizers.passes.catalog import BY_NAME, EXACT, step_of
+from optimizers.passes.cpu_build import CpuBuild
+from optimizers.passes.session_fusions import DISABLED_ENTRY
+from optimizers.predictor import Experience, Features, add_experiences, features_of, in_order, read_experiences
+from optimizers.publish import Edition, move_into_place, publish
+from optimizers.racing import Track
+from optimizers.recipe import Compression, Precision, VariantPlan
+from optimizers.report import EngineRecord, mean_of
 from optimizers.request import Digests, OptimizeRequest, digests_of, find_existing, versions_in
+from optimizers.roots import roots_for
 from optimizers.search import Gate
-from optimizers.trial import UNTOUCHED, Outcome, TrialPlan, headline, run_trial
-from server.artifact import FORMAT, GOLDEN, Artifact, Batching, Golden, Manifest, Source, digest_of, read_artifact
+from optimizers.store import Store, sweep
+from optimizers.trial import UNTOUCHED, Outcome, Trial, TrialPlan
+from server.artifact import Artifact, read_artifact
 from server.errors import ArtifactError
-from server.host import HostFacts, read_host
-from server.providers import CPU, usable_devices
-from server.session import Session
+from server.host import HostFacts, available_memory_bytes, read_host
+from server.providers import usable_devices
 from server.tensors import Signature
 
 Observe = Callable[[str, float], None]
@@ -38,7 +50,12 @@ Observe = Callable[[str, float], None]
 
 _CALIBRATION_ROWS = 8
 _PROBE_SAMPLES = 4
-_SYNTHETIC_SAMPLES = 32
+_CACHE = ".cache"
+_WORK = ".optimize-"
+_HOST_BUILD = "fp32-host"
+_ENGINES = ("fp32", "fp16")
+_MEMORY_SHARE = 0.8
+_SEARCH_SHARE, _RACE_SHARE, _MOST_RACE_S = 0.6, 0.15, 60.0
 
 
 def existing(request: OptimizeRequest) -> Artifact | None:
@@ -48,219 +65,222 @@ def existing(request: OptimizeRequest) -> Artifact | None:
         OptimizerError: If a file cannot be read or the name cannot be served.
         ArtifactError: If ``request.version`` exists with other content.
     """
-    return find_existing(request, digests_of(request, read_host(), _passes(request)))
+    return find_existing(request, digests_of(request, read_host(), _passes()))
 
 
 def optimize(request: OptimizeRequest, observe: Observe = lambda _stage, _share: None) -> Artifact:
     """Make, prove and publish an artifact; or return the one that the same request made before.
 
-    Blocks for seconds to minutes and runs passes in child processes. A failure leaves nothing behind.
+    Blocks for seconds to minutes and runs passes in child processes. A failure leaves nothing behind but finished work
+    in the cache.
 
     Args:
         request: What to do.
         observe: Told about the current stage.
 
     Raises:
-        OptimizerError: If the model, the data or the recipe cannot be used.
+        OptimizerError: If the model, the data, the recipe or the evaluator cannot be used.
         StartupError: If the original itself cannot be opened, or if the version exists with other content.
         InferenceFailed: If the original fails on the samples.
     """
     host = read_host()
-    digests = digests_of(request, host, _passes(request))
+    digests = digests_of(request, host, _passes())
     found = find_existing(request, digests)
     if found is not None:
         return found
+    evaluate = load_evaluator(request.evaluator) if request.evaluator else None
     folder = request.repository / request.name
     version = request.version or max([0, *versions_in(folder)]) + 1
     try:
         request.repository.mkdir(parents=True, exist_ok=True)
+        sweep(request.repository, _WORK)
+        store = Store(request.cache or request.repository / _CACHE)
+        store.sweep()
         # A hidden sibling on the same file system, so that the last step is a rename.
-        with tempfile.TemporaryDirectory(prefix=".optimize-", dir=request.repository) as work:
-            made = _Run(request, host, digests, str(version), Path(work), observe).execute()
-            move_into_place(made, folder / str(version))
+        with tempfile.TemporaryDirectory(prefix=f"{_WORK}{os.getpid()}-", dir=request.repository) as work:
+            run = _Run(request, host, digests, str(version), Path(work), store, evaluate)
+            move_into_place(run.execute(observe), folder / str(version))
+        store.trim()
     except OSError as exc:
         raise ArtifactError(f"cannot write to {request.repository}: {exc.strerror or exc}") from exc
     return read_artifact(folder / str(version))
 
 
-def _passes(request: OptimizeRequest) -> list[Pass]:
-    return [*EXACT, *lossy(request.recipe.precisions).values()]
+def _passes() -> list[Pass]:
+    return [made() for made in BY_NAME.values()]
 
 
-class _Data(msgspec.Struct, frozen=True):
-    """The samples in two parts, and what they are.
+class _Searched(msgspec.Struct, frozen=True):
+    """What the search leaves: its path, the candidates, and the model's features (none without a search)."""
 
-    Attributes:
-        no_proof: Why they cannot prove a lossy variant; empty when they can.
-    """
-
-    calibration: Samples | None
-    held_out: Samples
-    record: DataRecord
-    no_proof: str
-
-
-class _Original(msgspec.Struct, frozen=True):
-    """What the original answered: the measure of everything else."""
-
-    held_out: HeldOut
-    batching: Batching
-    golden: Golden
+    found: Found
+    built: tuple[Appraisal, ...]
+    features: Features = ()
 
 
 class _Run:
     """One run; each method is one stage, and ``execute`` is their order."""
 
-    def __init__(
-        self, request: OptimizeRequest, host: HostFacts, digests: Digests, version: str, work: Path, observe: Observe
+    def __init__(  # noqa: PLR0913  (what optimize() found out, once)
+        self,
+        request: OptimizeRequest,
+        host: HostFacts,
+        digests: Digests,
+        version: str,
+        work: Path,
+        store: Store,
+        evaluate: Evaluate | None,
     ) -> None:
         self.request, self.recipe, self.host, self.digests = request, request.recipe, host, digests
-        self.version, self.work, self.observe = version, work, observe
+        self.version, self.work, self.store, self.evaluate = version, work, store, evaluate
         self.started_s = time.monotonic()
+        self.gate = Gate(self.recipe.min_agreement, self.recipe.max_accuracy_drop)
+        self.policy = Policy(self.recipe.objective, self.recipe.slo_ms)
+        self.devices = tuple(d.kind for d in usable_devices("prefer") if d.kind in self.recipe.devices)
 
-    def execute(self) -> Path:
+    def execute(self, observe: Observe) -> Path:
         """Return the finished artifact's folder."""
-        self.observe("load", 0.0)
-        untouched, signature = self._load()
-        data = self._samples(signature)
-        self.observe("ask the original", 0.02)
-        original = self._ask(untouched, signature, data.held_out)
-        built, passes = self._build(untouched, data, original.held_out)
-        outcome = run_trial(
-            [untouched, *built], original.held_out, original.batching, self._trial(), self._part(0.35, 0.6)
-        )
-        self.observe("write the artifact", 0.96)
+        observe("load", 0.0)
+        original, signature = self._load()
+        place = Place(self.work / "samples", self.digests.source, self.digests.inputs)
+        parts = parts_of(self.recipe, signature, self.request.calibration, self.request.labels, place)
+        observe("ask the original", 0.02)
+        answered = ask(original, signature, parts, self.recipe, self.store, self.host)
+        track = self._track(answered)
+        try:
+            line = Line(original, self._workshop(parts, answered))
+            searched = self._search(line, track, parts, answered, _part(observe, 0.05, 0.5))
+            untouched = Built(UNTOUCHED, "fp32", "cpu", exact=True, form=original)
+            exam = self._exam("held-out", answered.held_out, answered, parts)
+            trial = Trial(untouched, searched.built, exam, track, self._trial_plan(), _part(observe, 0.55, 0.4))
+            outcome = trial.run()
+        finally:
+            track.close()
+        self._learn(searched, outcome)
+        observe("write the artifact", 0.96)
         folder = self.work / "artifact"
         folder.mkdir()
-        engines = self._engines(built, data.held_out, original.batching.max_rows, folder)
-        manifest = self._publish(folder, signature, original, outcome)
-        write_report(self._report(manifest, data.record, passes, outcome, engines), folder)
-        write_manifest(folder, manifest)
-        self.observe("done", 1.0)
+        engines = self._engines(searched.built, parts, answered, folder)
+        edition = Edition(
+            request=self.request,
+            version=self.version,
+            digests=self.digests,
+            host=self.host,
+            signature=signature,
+            original=answered,
+            data=parts.record,
+            passes=tuple(line.records),
+            found=searched.found,
+            outcome=outcome,
+            engines=engines,
+            seconds=time.monotonic() - self.started_s,
+        )
+        publish(folder, edition)
+        observe("done", 1.0)
         return folder
 
-    def _part(self, start: float, share: float) -> Observe:
-        return lambda stage, done: self.observe(stage, start + share * done)
-
-    def _load(self) -> tuple[Built, Signature]:
+    def _load(self) -> tuple[Form, Signature]:
         """Copy the original into the work folder as one self-contained file, and read its signature."""
         model = load_model(self.request.model)
         path = self.work / "original" / "model.onnx"
         save_model(model, path)
-        return Built(UNTOUCHED, "fp32", "cpu", exact=True, model=path), signature_of(model)
+        return Form(path, self.digests.source), signature_of(model)
 
-    def _samples(self, signature: Signature) -> _Data:
-        recipe, path = self.recipe, self.request.calibration
-        if path is None:
-            made = synthetic_samples(signature, _SYNTHETIC_SAMPLES, recipe.seed)
-            record = DataRecord("made up: no --calibration was given", made.count, 0, made.count, False, "")
-            return _Data(None, made, record, why_no_proof(None))
-        samples = read_samples(path, signature, self.request.labels)
-        calibration, held_out = split(samples, recipe.calibration_samples, recipe.holdout_samples, recipe.seed)
-        record = DataRecord(
-            path.name, samples.count, calibration.count, held_out.count, samples.labels is not None, self.digests.inputs
+    def _track(self, answered: Original) -> Track:
+        rows = answered.batching.max_rows if answered.batching.batchable else 1
+        sizes = sorted({1, *(r for r in self.recipe.batch_rows if r <= rows)})
+        return Track(self.request.model, answered.held_out.singles, sizes, self.store, self.host.fingerprint)
+
+    def _workshop(self, parts: Parts, answered: Original) -> Workshop:
+        singles = answered.held_out.singles[:_PROBE_SAMPLES]
+        probe = Probe(singles, {name: array[: len(singles)] for name, array in answered.held_out.reference.items()})
+        limit = int(available_memory_bytes() * _MEMORY_SHARE)
+        return Workshop(self.store, self._context(parts), probe, parts.digest, self.request.pass_timeout_s, limit)
+
+    def _context(self, parts: Parts) -> PassContext:
+        batches = parts.calibration.batches(_CALIBRATION_ROWS) if parts.calibration is not None else ()
+        return PassContext(self.host, batches, self.recipe.seed, self.work)
+
+    def _exam(self, name: str, samples: HeldOut, answered: Original, parts: Parts) -> Exam:
+        rows = answered.batching.max_rows if answered.batching.batchable else 1
+        digest = f"{parts.digest} {self.request.evaluator}"
+        return Exam(samples, name, digest, rows, self.host.cores, self.store, self.host.fingerprint, self.evaluate)
+
+    def _search(self, line: Line, track: Track, parts: Parts, answered: Original, observe: Observe) -> _Searched:
+        """Build the exact forms, then what the recipe names, or else what the exploration finds."""
+        if self.recipe.variants:
+            listed = tuple(self._listed(line, plan, observe) for plan in self.recipe.variants)
+            return _Searched(Found((), (), {}), listed)
+        fp32 = build_exact(line, track, EXACT, self.recipe.seed, _part(observe, 0.0, 0.2))
+        left_out = fp32.options.config.get(DISABLED_ENTRY, "")
+        cpu_build = CpuBuild(disabled=tuple(left_out.split(";")) if left_out else ())
+        host_build = line.build(_HOST_BUILD, (*fp32.chain, cpu_build), "fp32", exact=True)
+        features = features_of(op_counts(load_model(fp32.model)), fp32.size_bytes, track.quick_ms(fp32))
+        found = self._explore(line, track, parts, answered, fp32, features, _part(observe, 0.2, 0.8))
+        on_cpu = [*(Appraisal(b, failure=b.failure) for b in (fp32, host_build)), *found.appraised]
+        gpu = on_gpu([a.built for a in on_cpu if not a.failure], self.devices)
+        return _Searched(found, (*on_cpu, *map(Appraisal, gpu)), features)
+
+    def _listed(self, line: Line, plan: VariantPlan, observe: Observe) -> Appraisal:
+        observe(f"build {plan.name}", 0.5)
+        chain = tuple(step_of(settings) for settings in plan.passes)
+        built = line.build(plan.name, chain, plan.precision, exact=plan.exact)
+        return Appraisal(built, failure=built.failure)
+
+    def _explore(  # noqa: PLR0913  (the stages' results, passed once)
+        self,
+        line: Line,
+        track: Track,
+        parts: Parts,
+        answered: Original,
+        fp32: Built,
+        features: Features,
+        observe: Observe,
+    ) -> Found:
+        roots = roots_for(self.recipe.precisions, self.recipe.compressions, self.devices)
+        if parts.no_proof or answered.search is None:
+            return unproven(line, fp32.chain, roots, parts.no_proof or NO_SEARCH)
+        families = list(dict.fromkeys(root.family for root in roots))
+        order = in_order(families, read_experiences(self._experience_file()), features)
+        quest = Quest(
+            base=fp32.chain,
+            baseline=fp32,
+            gate=self.gate,
+            wants_speed=self.policy.objective in ("latency", "throughput"),
+            end_s=self.started_s + self.request.time_budget_s * _SEARCH_SHARE,
+            seed=self.recipe.seed,
         )
-        return _Data(calibration, held_out, record, why_no_proof(held_out))
+        exam = self._exam("search", answered.search, answered, parts)
+        explorer = Explorer(line, exam, track, self._context(parts), quest, observe)
+        return explorer.run(sorted(roots, key=lambda root: order.index(root.family)))
 
-    def _ask(self, untouched: Built, signature: Signature, samples: Samples) -> _Original:
-        """Run the original over the held-out samples, one by one and in batches."""
-        singles = tuple(samples.batch(index, 1) for index in range(samples.count))
-        session = Session(untouched.model, CPU, SERVING)
-        try:
-            reference = run_singly(session, singles, self.host.cores)
-            held_out = HeldOut(singles, reference, decision_for(reference), samples.labels)
-            batching = prove_batching(session, signature, held_out, max(self.recipe.batch_rows), self.host.cores)
-            return _Original(held_out, batching, golden_of(session, held_out, batchable=batching.batchable))
-        finally:
-            session.close()
+    def _experience_file(self) -> Path:
+        return self.store.folder / f"experience-{self.host.fingerprint}.jsonl"
 
-    def _build(self, untouched: Built, data: _Data, held_out: HeldOut) -> tuple[list[Built], list[PassRecord]]:
-        singles = held_out.singles[:_PROBE_SAMPLES]
-        probe = Probe(singles, {name: array[: len(singles)] for name, array in held_out.reference.items()})
-        batches = data.calibration.batches(_CALIBRATION_ROWS) if data.calibration is not None else []
-        folder = self.work / "passes"
-        folder.mkdir()
-        context = PassContext(self.host, tuple(batches), self.recipe.seed, folder)
-        workshop = Workshop(folder, context, probe, self.request.pass_timeout_s)
-        usable = tuple(device.kind for device in usable_devices("prefer") if device.kind in self.recipe.devices)
-        plan = Plan(EXACT, lossy(self.recipe.precisions), usable, data.no_proof)
-        return build(untouched.model, plan, workshop, self._part(0.05, 0.3))
+    def _learn(self, searched: _Searched, outcome: Outcome) -> None:
+        """Leave this run's measurements for the order of later ones."""
+        families = {root.name: root.family for root in roots_for(get_args(Precision), get_args(Compression), ())}
+        measured = [
+            Experience(families[record.name], searched.features, mean_of(record.against_exact))
+            for record in outcome.candidates
+            if record.name in families and record.against_exact
+        ]
+        if searched.features:
+            add_experiences(self._experience_file(), measured)
 
-    def _trial(self) -> TrialPlan:
-        recipe = self.recipe
-        gate = Gate(recipe.min_agreement, recipe.max_accuracy_drop)
-        budget_s = self.request.time_budget_s
-        return TrialPlan(self.request.model, gate, recipe.batch_rows, self.host.cores, budget_s, recipe.seed)
+    def _trial_plan(self) -> TrialPlan:
+        budget_s = min(self.request.time_budget_s * _RACE_SHARE, _MOST_RACE_S)
+        return TrialPlan(self.gate, self.policy, self.host.cores, budget_s, self.recipe.seed)
 
-    def _engines(self, built: list[Built], samples: Samples, max_rows: int, folder: Path) -> tuple[EngineRecord, ...]:
+    def _engines(
+        self, built: Sequence[Appraisal], parts: Parts, answered: Original, folder: Path
+    ) -> tuple[EngineRecord, ...]:
         if "tensorrt" not in self.recipe.devices:
             return ()
-        models = {b.name: b.model for b in built if b.name in ("fp32", "fp16") and not b.failure}
-        return build_engines(models, samples, max_rows, folder / "engines", self.request.pass_timeout_s)
-
-    def _publish(self, folder: Path, signature: Signature, original: _Original, outcome: Outcome) -> Manifest:
-        """Write everything but the report, and return the manifest."""
-        write_golden(folder, original.golden)
-        host = self.host
-        facts = {
-            "fingerprint": host.fingerprint,
-            "cpu": host.cpu,
-            "flags": " ".join(host.flags),
-            "cores": str(host.cores),
-        }
-        size = self.request.model.stat().st_size
-        return Manifest(
-            format=FORMAT,
-            name=self.request.name,
-            version=self.version,
-            signature=signature,
-            batching=_within_slo(original.batching, outcome, self.recipe.slo_ms),
-            source=Source(self.request.model.name, self.digests.source, size),
-            variants=write_variants(folder, outcome.chosen, original.golden, host.fingerprint),
-            recipe_sha256=self.digests.recipe,
-            inputs_sha256=self.digests.inputs,
-            tools=host.tools,
-            host=facts,
-            golden_sha256=digest_of(folder / GOLDEN),
-        )
-
-    def _report(
-        self,
-        manifest: Manifest,
-        data: DataRecord,
-        passes: list[PassRecord],
-        outcome: Outcome,
-        engines: tuple[EngineRecord, ...],
-    ) -> Report:
-        return Report(
-            name=manifest.name,
-            version=manifest.version,
-            headline=headline(outcome),
-            chosen=outcome.chosen[0].name,
-            source=manifest.source,
-            gate=Gate(self.recipe.min_agreement, self.recipe.max_accuracy_drop),
-            recipe=msgspec.to_builtins(self.recipe),
-            recipe_sha256=manifest.recipe_sha256,
-            data=data,
-            batching=manifest.batching,
-            passes=tuple(passes),
-            candidates=outcome.candidates,
-            served=outcome.served,
-            threads=outcome.threads,
-            engines=engines,
-            host=self.host,
-            command=self.request.command,
-            seconds=time.monotonic() - self.started_s,
-            written=datetime.now(UTC).isoformat(timespec="seconds"),
-        )
+        wanted = {a.built.name: a.built.model for a in built if a.built.name in _ENGINES and not a.built.failure}
+        rows = answered.batching.max_rows
+        return build_engines(wanted, parts.held_out, rows, folder / "engines", self.request.pass_timeout_s)
 
 
-def _within_slo(batching: Batching, outcome: Outcome, slo_ms: float | None) -> Batching:
-    """Limit batches to those whose measured p99 keeps the wanted latency; one row always goes."""
-    if slo_ms is None or not batching.batchable:
-        return batching
-    table = outcome.chosen[0].latency
-    fitting = [rows for rows, p99_ms in zip(table.rows, table.p99_ms, strict=True) if p99_ms <= slo_ms]
-    rows = max(fitting, default=1)
-    seen = f"p99 of {rows} rows is {table.p99_ms[table.rows.index(rows)]:.1f} ms, wanted are {slo_ms:g} ms"
-    return Batching(True, f"{batching.reason}; {seen}", rows)
+def _part(observe: Observe, start: float, share: float) -> Observe:
+    return lambda stage, done: observe(stage, start + share * done)

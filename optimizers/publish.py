@@ -1,35 +1,67 @@
-"""Writes an artifact: variants, golden samples, report, the manifest last; then renames the folder into place."""
+"""Writes an artifact: variants, golden samples, recipe, report, the manifest last; then renames it into place."""
 
 import shutil
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 
 import msgspec
 import numpy as np
 
-from optimizers.evidence import HeldOut, Runner, join
-from optimizers.trial import Chosen
-from server.artifact import GOLDEN, MANIFEST, Golden, Manifest, Variant, digest_of
+from optimizers.asking import Original
+from optimizers.explore import Found
+from optimizers.fidelity import promise
+from optimizers.graph import files_of
+from optimizers.passes.catalog import settings_of
+from optimizers.recipe import Recipe, VariantPlan, write_recipe
+from optimizers.report import DataRecord, EngineRecord, PassRecord, Report, write_report
+from optimizers.request import Digests, OptimizeRequest
+from optimizers.search import Gate
+from optimizers.store import key_of
+from optimizers.trial import Chosen, Outcome, headline
+from server.artifact import FORMAT, GOLDEN, MANIFEST, Batching, Golden, Manifest, Source, Variant, digest_of
 from server.errors import ArtifactError
 from server.golden import sqnr_db
+from server.host import HostFacts
 from server.providers import Device
 from server.session import Session
+from server.tensors import Signature
 
-GOLDEN_SAMPLES = 8
 GOLDEN_MARGIN_DB = 3.0
 GOLDEN_CEILING_DB = 60.0
+RECIPE = "recipe.toml"
 
 
-def golden_of(original: Runner, held_out: HeldOut, *, batchable: bool) -> Golden:
-    """Take a few held-out samples with the original's outputs, as one request.
+class Edition(msgspec.Struct, frozen=True):
+    """Everything that one artifact is written from."""
 
-    A model that must not be batched gets one sample, as one request can carry no more.
+    request: OptimizeRequest
+    version: str
+    digests: Digests
+    host: HostFacts
+    signature: Signature
+    original: Original
+    data: DataRecord
+    passes: tuple[PassRecord, ...]
+    found: Found
+    outcome: Outcome
+    engines: tuple[EngineRecord, ...]
+    seconds: float
+
+
+def publish(folder: Path, edition: Edition) -> None:
+    """Write an artifact into an empty folder; with the manifest, written last, it is complete.
+
+    Raises:
+        ArtifactError: If the portable exact variant does not reproduce the golden outputs at all.
     """
-    if not batchable:
-        return Golden(dict(held_out.singles[0]), dict(original.run(held_out.singles[0])))
-    count = min(GOLDEN_SAMPLES, len(held_out.singles))
-    outputs = {name: array[:count] for name, array in held_out.reference.items()}
-    return Golden(join(held_out.singles[:count]), outputs)
+    write_golden(folder, edition.original.golden)
+    variants = write_variants(folder, edition.outcome.chosen, edition.original.golden, edition.host.fingerprint)
+    manifest = _manifest(folder, edition, variants)
+    recipe = write_recipe(_replay(edition))
+    (folder / RECIPE).write_text(recipe, encoding="utf-8")
+    write_report(_report(edition, manifest, recipe), folder)
+    write_manifest(folder, manifest)
 
 
 def write_golden(folder: Path, golden: Golden) -> None:
@@ -78,6 +110,8 @@ def _write_variant(folder: Path, choice: Chosen, golden: Golden, host: str) -> V
     place = folder / choice.name / "model.onnx"
     place.parent.mkdir()
     shutil.copyfile(choice.built.model, place)
+    for weights in files_of(choice.built.model)[1:]:  # of a model beyond 2 GB
+        shutil.copyfile(weights, place.parent / weights.name)
     session = Session(place, Device(choice.built.provider), choice.options)
     try:
         reached = sqnr_db(golden.outputs, session.run(golden.inputs))
@@ -87,11 +121,12 @@ def _write_variant(folder: Path, choice: Chosen, golden: Golden, host: str) -> V
         raise ArtifactError(
             f"variant {choice.name} reaches {reached:.1f} dB on its golden samples; nothing was written"
         )
+    extra = {file.name: digest_of(file) for file in sorted(place.parent.iterdir()) if file != place}
     return Variant(
         name=choice.name,
         file=str(place.relative_to(folder)),
         sha256=digest_of(place),
-        size_bytes=place.stat().st_size,
+        size_bytes=choice.built.size_bytes,
         precision=choice.built.precision,
         provider=choice.built.provider,
         options=choice.options,
@@ -99,4 +134,86 @@ def _write_variant(folder: Path, choice: Chosen, golden: Golden, host: str) -> V
         fidelity=choice.fidelity,
         latency=choice.latency,
         host=host,
+        host_bound=choice.built.host_bound,
+        weights=extra,
+    )
+
+
+def _manifest(folder: Path, edition: Edition, variants: tuple[Variant, ...]) -> Manifest:
+    host, request, digests = edition.host, edition.request, edition.digests
+    facts = {
+        "fingerprint": host.fingerprint,
+        "cpu": host.cpu,
+        "flags": " ".join(host.flags),
+        "cores": str(host.cores),
+    }
+    made = [(variant.name, variant.sha256, variant.weights, variant.options) for variant in variants]
+    golden = digest_of(folder / GOLDEN)
+    return Manifest(
+        format=FORMAT,
+        name=request.name,
+        version=edition.version,
+        signature=edition.signature,
+        batching=_within_slo(edition.original.batching, edition.outcome, request.recipe.slo_ms),
+        source=Source(request.model.name, digests.source, sum(f.stat().st_size for f in files_of(request.model))),
+        variants=variants,
+        recipe_sha256=digests.recipe,
+        inputs_sha256=digests.inputs,
+        tools=host.tools,
+        host=facts,
+        golden_sha256=golden,
+        padding=edition.original.padding,
+        digest=key_of(digests.source, digests.recipe, digests.inputs, golden, made),
+    )
+
+
+def _within_slo(batching: Batching, outcome: Outcome, slo_ms: float | None) -> Batching:
+    """Limit batches to those whose measured p99 keeps the wanted latency; one row always goes."""
+    if slo_ms is None or not batching.batchable:
+        return batching
+    table = outcome.chosen[0].latency
+    fitting = [rows for rows, p99_ms in zip(table.rows, table.p99_ms, strict=True) if p99_ms <= slo_ms]
+    rows = max(fitting, default=1)
+    seen = f"p99 of {rows} rows is {table.p99_ms[table.rows.index(rows)]:.1f} ms, wanted are {slo_ms:g} ms"
+    return Batching(True, f"{batching.reason}; {seen}", rows)
+
+
+def _replay(edition: Edition) -> Recipe:
+    """Return the recipe that makes the served variants again, without a search."""
+    plans = tuple(
+        VariantPlan(choice.name, built.precision, tuple(settings_of(step) for step in built.chain), built.exact)
+        for choice, built in ((choice, choice.built) for choice in edition.outcome.chosen)
+        if built.chain and built.provider == "cpu"
+    )
+    return msgspec.structs.replace(edition.request.recipe, variants=plans)
+
+
+def _report(edition: Edition, manifest: Manifest, recipe: str) -> Report:
+    request, outcome = edition.request, edition.outcome
+    return Report(
+        name=manifest.name,
+        version=manifest.version,
+        headline=headline(outcome),
+        chosen=outcome.chosen[0].name,
+        source=manifest.source,
+        gate=Gate(request.recipe.min_agreement, request.recipe.max_accuracy_drop),
+        recipe=msgspec.to_builtins(request.recipe),
+        recipe_sha256=manifest.recipe_sha256,
+        data=edition.data,
+        batching=manifest.batching,
+        padding=edition.original.padding,
+        policy=outcome.policy,
+        promise=promise(edition.data.held_out, request.recipe.min_agreement),
+        passes=edition.passes,
+        steps=edition.found.steps,
+        sensitivity=edition.found.sensitivity,
+        candidates=outcome.candidates,
+        served=outcome.served,
+        knobs=outcome.knobs,
+        engines=edition.engines,
+        host=edition.host,
+        command=request.command,
+        replay=recipe,
+        seconds=edition.seconds,
+        written=datetime.now(UTC).isoformat(timespec="seconds"),
     )

@@ -3,59 +3,99 @@
 ::
 
     precisions = ["fp32", "fp16", "int8"]
+    compressions = ["low-rank", "prune-channels"]
     devices = ["cpu", "cuda"]
+    objective = "latency"
     min_agreement = 0.99
     max_accuracy_drop = 0.01
     slo_ms = 20.0
     batch_rows = [1, 2, 4, 8, 16, 32]
     calibration_samples = 128
+    search_samples = 128
     holdout_samples = 512
     seed = 0
+
+A recipe with variants makes exactly these, without a search, and proves them as usual. The optimizer writes such a
+recipe beside every report::
+
+    [[variants]]
+    name = "int8-static"
+    precision = "int8-static"
+    passes = [{ pass = "sanitize" }, { pass = "simplify" }, { pass = "int8-static", method = "mse" }]
 """
 
 import hashlib
 import tomllib
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import msgspec
+import tomli_w
 
 from optimizers.errors import RecipeError
 
-Precision = Literal["fp32", "fp16", "int8"]
+Precision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
+Compression = Literal["low-rank", "prune-channels", "sparsity-2-4"]
+Objective = Literal["latency", "throughput", "memory", "size"]
 Target = Literal["cpu", "cuda", "tensorrt"]
 
 MOST_ROWS = 1024
 """Largest batch that a recipe may ask for."""
 
 
+class VariantPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One variant to make, without a search.
+
+    Attributes:
+        name: Its name.
+        precision: As the manifest shows it, e.g. ``int8-static``.
+        passes: Each pass as a table: its name under ``pass``, and its settings.
+        exact: Whether the passes keep FP32 arithmetic and all weights.
+    """
+
+    name: str
+    precision: str
+    passes: tuple[dict[str, Any], ...]
+    exact: bool = False
+
+
 class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What to build and what to require.
 
     Attributes:
-        precisions: What to try; ``int8`` stands for its dynamic and its static form.
+        precisions: What to try; ``int8`` stands for its dynamic, static and weight-only forms, ``int4`` for weights.
+        compressions: What else to try: factorized weights, removed channels, 2 of 4 weights (GPUs only).
         devices: Where to serve; one that does not work on this host is left out.
         min_agreement: Least share of held-out samples on which a variant decides as the original, 0 to 1.
         max_accuracy_drop: Largest loss of task accuracy against labels, 0 to 1.
-        slo_ms: Wanted p99 latency of one request in milliseconds; ``None`` asks for the fastest.
+        objective: What the first choice is the best in.
+        slo_ms: Wanted p99 latency of one request in milliseconds; ``None`` sets no limit.
         batch_rows: Batch sizes to measure, ascending, from 1.
         calibration_samples: Samples for activation ranges.
+        search_samples: Samples that decide what is tried next.
         holdout_samples: Samples for the comparison with the original; no pass sees them.
         seed: Seed of the split and of the order of measurements.
+        variants: Exactly what to make; empty means to search.
     """
 
-    precisions: tuple[Precision, ...] = ("fp32", "fp16", "int8")
+    precisions: tuple[Precision, ...] = ("fp32", "fp16", "bf16", "int8", "int4")
+    compressions: tuple[Compression, ...] = ("low-rank", "prune-channels")
     devices: tuple[Target, ...] = ("cpu", "cuda")
+    objective: Objective = "latency"
     min_agreement: float = 0.99
     max_accuracy_drop: float = 0.01
     slo_ms: float | None = None
     batch_rows: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
     calibration_samples: int = 128
+    search_samples: int = 128
     holdout_samples: int = 512
     seed: int = 0
+    variants: tuple[VariantPlan, ...] = ()
 
     def __post_init__(self) -> None:
-        _require(bool(self.precisions), "precisions", self.precisions, "at least one of fp32, fp16, int8")
+        _require(
+            bool(self.precisions), "precisions", self.precisions, f"at least one of {', '.join(get_args(Precision))}"
+        )
         _require(bool(self.devices), "devices", self.devices, "at least one of cpu, cuda, tensorrt")
         _require(0 < self.min_agreement <= 1, "min_agreement", self.min_agreement, "above 0 and at most 1")
         _require(0 <= self.max_accuracy_drop < 1, "max_accuracy_drop", self.max_accuracy_drop, "from 0 to below 1")
@@ -68,8 +108,11 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             f"ascending, each from 1 to {MOST_ROWS}",
         )
         _require(self.calibration_samples >= 1, "calibration_samples", self.calibration_samples, "at least 1")
+        _require(self.search_samples >= 0, "search_samples", self.search_samples, "at least 0")
         _require(self.holdout_samples >= 1, "holdout_samples", self.holdout_samples, "at least 1")
         _require(self.seed >= 0, "seed", self.seed, "at least 0")
+        names = [variant.name for variant in self.variants]
+        _require(len(set(names)) == len(names), "variants", names, "of different names")
 
     def digest(self) -> str:
         """Return the SHA-256 of the recipe's values in hexadecimal; order and layout of the file do not matter."""
@@ -89,6 +132,12 @@ def read_recipe(path: Path) -> Recipe:
         raise RecipeError(f"cannot read the recipe {path}: {exc.strerror}") from exc
     except (RecipeError, msgspec.ValidationError, ValueError) as exc:
         raise RecipeError(f"{path}: {exc}; known keys are {', '.join(Recipe.__struct_fields__)}") from exc
+
+
+def write_recipe(recipe: Recipe) -> str:
+    """Return a recipe as TOML, which ``read_recipe`` reads back; what has no value is left out."""
+    plain = msgspec.to_builtins(recipe)
+    return tomli_w.dumps({key: value for key, value in plain.items() if value is not None and value != []})
 
 
 def _require(holds: bool, key: str, seen: object, allowed: str) -> None:

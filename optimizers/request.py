@@ -10,7 +10,8 @@ from optimizers.errors import OptimizerError
 from optimizers.graph import files_of
 from optimizers.passes import Pass
 from optimizers.recipe import Recipe
-from server.artifact import Artifact, digest_of, read_artifact
+from optimizers.store import joint_digest
+from server.artifact import Artifact, read_artifact
 from server.errors import ArtifactError
 from server.host import HostFacts
 
@@ -28,7 +29,9 @@ class OptimizeRequest(msgspec.Struct, frozen=True, kw_only=True):
         calibration: DATA.npz; without it only exact variants are made.
         labels: LABELS.npz.
         recipe: What to build and what to require.
-        time_budget_s: Seconds for the latency races.
+        evaluator: ``module:function`` that judges outputs, see ``evaluator``.
+        time_budget_s: Seconds after which no further candidate is tried; what was begun is finished and proven.
+        cache: Folder of finished work; ``None`` means ``.cache`` in the repository.
         pass_timeout_s: Seconds after which one pass is stopped.
         command: The command line, for the report.
     """
@@ -40,13 +43,15 @@ class OptimizeRequest(msgspec.Struct, frozen=True, kw_only=True):
     calibration: Path | None = None
     labels: Path | None = None
     recipe: Recipe = Recipe()
-    time_budget_s: float = 15.0
+    evaluator: str = ""
+    time_budget_s: float = 300.0
+    cache: Path | None = None
     pass_timeout_s: float = 600.0
     command: str = ""
 
 
 class Digests(msgspec.Struct, frozen=True):
-    """What an artifact follows from: equal digests and tools mean the same artifact.
+    """What an artifact follows from: equal digests and tools mean that the same was asked for.
 
     Attributes:
         source: SHA-256 of the model file and of its external weights.
@@ -73,10 +78,11 @@ def digests_of(request: OptimizeRequest, host: HostFacts, passes: list[Pass]) ->
         raise OptimizerError(
             f"the name {request.name!r} is not one of letters, digits, '.', '_', '-' (no '.' in front)"
         )
-    recipe = "\n".join([request.recipe.digest(), *sorted(f"{step.spec.name} {step.spec.version}" for step in passes)])
+    versions = sorted(f"{step.spec.name} {step.spec.version}" for step in passes)
+    recipe = "\n".join([request.recipe.digest(), request.evaluator, *versions])
     data = [path for path in (request.calibration, request.labels) if path is not None]
     try:
-        source, inputs = _joined(files_of(request.model)), _joined(data) if data else ""
+        source, inputs = joint_digest(files_of(request.model)), joint_digest(data) if data else ""
     except OSError as exc:
         raise OptimizerError(f"cannot read {exc.filename}: {exc.strerror}") from exc
     return Digests(source, hashlib.sha256(recipe.encode()).hexdigest(), inputs, host.fingerprint, host.tools)
@@ -122,9 +128,3 @@ def _is_same(artifact: Artifact, digests: Digests) -> bool:
     host = manifest.host.get("fingerprint", "")
     made = Digests(manifest.source.sha256, manifest.recipe_sha256, manifest.inputs_sha256, host, manifest.tools)
     return made == digests
-
-
-def _joined(files: list[Path]) -> str:
-    """Return the digest of one file as it is, of several the digest of their digests."""
-    digests = [digest_of(file) for file in files]
-    return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()

@@ -1,33 +1,46 @@
-"""The trial of the candidates: open them, compare them with the original, race them, choose what is served.
+"""The trial of the candidates: compare them with the original on held-out samples, race them, choose what is served.
 
-Two races. In the first, every candidate that opened runs one thread, beside the original with onnxruntime's defaults;
-it decides what is served. In the second, the served variants run with one thread and with all cores, again beside the
-original; it decides the threads, and its numbers go into the manifest.
+Three races, all beside the original with onnxruntime's defaults. In the first, a short one, whoever is clearly behind
+the best exact form leaves. In the second, all that are left run one thread at every batch size; it decides what is
+served.
+In the third, the served variants try other session settings; the numbers of the setting that they are served with go
+into the manifest.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, closing
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 import msgspec
 
 from optimizers.building import Built
 from optimizers.errors import PassFailed
-from optimizers.evidence import HeldOut, fidelity_of, join
+from optimizers.exam import Exam
+from optimizers.explore import Appraisal
 from optimizers.fidelity import describe
-from optimizers.measurement import Comparison, Race, RacePlan, race
+from optimizers.measurement import Comparison, Race, RacePlan
+from optimizers.memory import session_memory
+from optimizers.pareto import Policy, Standing, standing_of
+from optimizers.racing import Track, with_knobs
 from optimizers.report import ORIGINAL, CandidateRecord, ServedRecord, Speed
-from optimizers.search import Candidate, Decision, Gate, ThreadChoice, Verdict, choose_threads, decide, deciding_rows
-from server.artifact import Batching, Fidelity, LatencyTable, SessionOptions
+from optimizers.search import (
+    Candidate,
+    Decision,
+    Gate,
+    KnobChoice,
+    Knobs,
+    Verdict,
+    choose_knobs,
+    decide,
+    deciding_rows,
+    unfaithful,
+)
+from server.artifact import Fidelity, LatencyTable, SessionOptions
 from server.errors import SlipstreamError
-from server.providers import Device
-from server.session import Session
-from server.tensors import Tensors
+from server.providers import CPU, Device
 
 UNTOUCHED = "original-1thread"
 FALLBACK = "fp32"
-DEFAULTS = SessionOptions(intra_op_threads=0, spinning=True, graph_level="all")
-"""How a user opens a model who sets nothing."""
+_BEHIND = 0.9
+"""Speed-up over the best exact form below which a candidate leaves after the first race."""
 
 Observe = Callable[[str, float], None]
 """Called with the current stage and the share of the trial that is done, 0 to 1."""
@@ -37,17 +50,15 @@ class TrialPlan(msgspec.Struct, frozen=True):
     """What the trial needs beside the candidates.
 
     Attributes:
-        source: The user's own file, opened with defaults as the baseline.
         gate: The fidelity that is required.
-        batch_rows: Batch sizes to measure.
+        policy: What is wanted of the faithful ones.
         cores: Usable cores.
-        budget_s: Seconds for both races.
+        budget_s: Seconds for the races.
         seed: Seed of the order of runs.
     """
 
-    source: Path
     gate: Gate
-    batch_rows: tuple[int, ...]
+    policy: Policy
     cores: int
     budget_s: float
     seed: int
@@ -69,170 +80,192 @@ class Outcome(msgspec.Struct, frozen=True):
     candidates: tuple[CandidateRecord, ...]
     chosen: tuple[Chosen, ...]
     served: tuple[ServedRecord, ...]
-    threads: tuple[ThreadChoice, ...]
+    knobs: tuple[KnobChoice, ...]
+    policy: str
 
 
-class _Field(msgspec.Struct):
-    """Who takes part: what was built, what is open, what was found out so far."""
-
-    built: dict[str, Built]
-    sessions: dict[str, Session]
-    failures: dict[str, str]
-    fidelity: dict[str, Fidelity]
-    batches: dict[int, Tensors]
-
-
-def run_trial(
-    built: Sequence[Built], held_out: HeldOut, batching: Batching, plan: TrialPlan, observe: Observe
-) -> Outcome:
-    """Compare and measure all candidates, and choose.
+class Trial:
+    """One trial; ``run`` is the order of its stages.
 
     Args:
-        built: The candidates, also those that no pass could build; the first one is the untouched original, named
-            ``UNTOUCHED``, as a file that can be copied.
-        held_out: Samples with the original's answers.
-        batching: Whether batches are proven; batches are measured only then.
-        plan: Gates, batch sizes, budget.
+        untouched: The original as a file that can be copied.
+        appraised: The candidates with their cheap evidence, also those that are out.
+        exam: The held-out samples.
+        track: Where sessions are open.
+        plan: Gates, policy, budget.
         observe: Told about progress.
-
-    Raises:
-        StartupError: If the original itself does not open.
-        InferenceFailed: If the original itself fails.
     """
-    rows = batching.max_rows if batching.batchable else 1
-    sizes = sorted({1, *(r for r in plan.batch_rows if r <= rows)})
-    batches = {size: _batch(held_out.singles, size) for size in sizes}
-    with ExitStack() as stack:
-        field = _Field({b.name: b for b in built}, {}, {b.name: b.failure for b in built if b.failure}, {}, batches)
-        field.sessions[ORIGINAL] = stack.enter_context(closing(Session(plan.source, Device("cpu"), DEFAULTS)))
-        _open(field, stack)
-        _compare(field, held_out, rows, plan.cores, observe)
-        first = _race(
-            field, field.sessions, plan.budget_s * 2 / 3, plan.seed, lambda s: observe("latency race", 0.5 + 0.3 * s)
+
+    def __init__(
+        self,
+        untouched: Built,
+        appraised: Sequence[Appraisal],
+        exam: Exam,
+        track: Track,
+        plan: TrialPlan,
+        observe: Observe,
+    ) -> None:
+        self._built = {untouched.name: untouched} | {a.built.name: a.built for a in appraised}
+        self._search = {a.built.name: a.fidelity for a in appraised}
+        self._failures = {a.built.name: a.failure for a in appraised if a.failure}
+        self._exam, self._track, self._plan, self._observe = exam, track, plan, observe
+        self._fidelity: dict[str, Fidelity] = {}
+        self._memory: dict[str, int | None] = {}
+        self._first: Race | None = None
+
+    def run(self) -> Outcome:
+        """Compare, race and choose.
+
+        Raises:
+            StartupError: If the original itself does not open.
+            InferenceFailed: If the original itself fails.
+        """
+        self._open()
+        self._compare()
+        self._qualify()
+        race = self._race_all()
+        decision = self._decide(race)
+        choices, final = self._tune(decision.kept, race)
+        chosen = tuple(self._chosen(name, choices[name].knobs, final[name]) for name in decision.kept)
+        served = [self._served(ORIGINAL, "onnxruntime's defaults", race, ORIGINAL)]
+        served += [self._served(name, str(choices[name].knobs), *final[name]) for name in decision.kept]
+        records = self._records(decision, race)
+        return Outcome(records, chosen, tuple(served), tuple(choices[name] for name in decision.kept), decision.policy)
+
+    @property
+    def _alive(self) -> list[str]:
+        return [name for name in self._built if name not in self._failures]
+
+    def _open(self) -> None:
+        for name in self._alive:
+            try:
+                self._track.enter(self._built[name])
+            except SlipstreamError as exc:
+                if name == UNTOUCHED:
+                    raise
+                self._failures[name] = f"does not run: {exc}"
+
+    def _compare(self) -> None:
+        """Compare with the original on the held-out samples; the unfaithful need no race."""
+        names = [name for name in self._alive if name != UNTOUCHED]
+        for done, name in enumerate(names):
+            self._observe(f"fidelity of {name}", 0.4 * done / len(names))
+            built = self._built[name]
+            try:
+                self._fidelity[name] = self._exam.fidelity(built, self._track.session(name))
+            except (PassFailed, SlipstreamError) as exc:
+                self._failures[name] = f"fails on held-out samples: {exc}"
+
+    def _qualify(self) -> None:
+        """Let those leave that are clearly behind, or not faithful: their times are known well enough."""
+        rows = deciding_rows(tuple(self._track.batches))
+        names = self._alive
+        first = self._first = self._race([ORIGINAL, *names], rows, 0.25, "first race", 0.4)
+        if self._plan.policy.objective not in ("latency", "throughput"):
+            return
+        exact = [name for name in names if self._built[name].exact]
+        for name in names:
+            if self._built[name].exact:
+                continue
+            best = min(exact, key=lambda e: sum(_ms(first, e, r) for r in rows))
+            ratios = [first.compare(name, best, r) for r in rows]
+            seen = ", ".join(str(c) for c in ratios)
+            refusal = unfaithful(self._fidelity[name], self._plan.gate)
+            if refusal:
+                self._failures[name] = f"{refusal}; {seen} of exact FP32"
+            elif all(c.high < _BEHIND for c in ratios):
+                self._failures[name] = f"slower than exact FP32: {seen}"
+
+    def _race_all(self) -> Race:
+        return self._race([ORIGINAL, *self._alive], tuple(self._track.batches), 0.4, "latency race", 0.55)
+
+    def _race(self, labels: Sequence[str], rows: Sequence[int], share: float, stage: str, start: float) -> Race:
+        plan = RacePlan(budget_s=self._plan.budget_s * share, seed=self._plan.seed)
+        self._observe(stage, start)
+        return self._track.race(labels, rows, plan, lambda done: self._observe(stage, start + 0.15 * done))
+
+    def _decide(self, race: Race) -> Decision:
+        for name in self._alive:
+            built = self._built[name]
+            rows = deciding_rows(race.rows)[-1]
+            options = msgspec.structs.replace(built.options, intra_op_threads=1)
+            self._memory[name] = session_memory(built.model, Device(built.provider), options, self._track.batches[rows])
+        candidates = [self._candidate(name, race) for name in self._built if name != UNTOUCHED]
+        return decide(self._candidate(UNTOUCHED, race), candidates, self._plan.gate, race, self._plan.policy)
+
+    def _candidate(self, name: str, race: Race) -> Candidate:
+        built = self._built[name]
+        return Candidate(
+            name,
+            built.provider,
+            built.exact,
+            built.host_bound,
+            self._failures.get(name, ""),
+            self._fidelity.get(name),
+            self._standing(name, race),
         )
-        decision = decide(
-            UNTOUCHED, [_candidate(field, name) for name in field.built if name != UNTOUCHED], plan.gate, first
-        )
-        served, threads, chosen = _tune(field, decision.kept, plan, stack, observe)
-    return Outcome(_records(field, decision, first), chosen, served, threads)
 
+    def _standing(self, name: str, race: Race) -> Standing | None:
+        if name in self._failures:
+            return None
+        fidelity = self._fidelity.get(name)
+        agreement = fidelity.agreement if fidelity is not None else 1.0
+        size = self._built[name].size_bytes
+        return standing_of(name, race.table(name), size, agreement, self._memory.get(name), self._plan.policy.slo_ms)
 
-def headline(outcome: Outcome) -> str:
-    """Say in one sentence what is served, and how fast and faithful it is."""
-    best = outcome.chosen[0]
-    speeds = next(record.against_original for record in outcome.served if record.chosen and record.variant == best.name)
-    seen = " and ".join(f"{s.speedup:.2f}x ({s.low:.2f}-{s.high:.2f}) at batch {s.rows}" for s in speeds)
-    text = f"{best.name} is served: {seen} the speed of the original with onnxruntime's defaults"
-    if best.fidelity is None:
-        return f"{text}; no candidate was both faithful and faster."
-    return f"{text}; {describe(best.fidelity)}."
-
-
-def served_name(name: str) -> str:
-    """Return the name under which a candidate is served: the untouched original serves as ``fp32``."""
-    return FALLBACK if name == UNTOUCHED else name
-
-
-def _batch(singles: Sequence[Tensors], rows: int) -> Tensors:
-    return singles[0] if rows == 1 else join([singles[i % len(singles)] for i in range(rows)])
-
-
-def _session(built: Built, threads: int) -> Session:
-    options = msgspec.structs.replace(built.options, intra_op_threads=threads)
-    return Session(built.model, Device(built.provider), options)
-
-
-def _open(field: _Field, stack: ExitStack) -> None:
-    """Open every candidate and run the largest batch once, so that no failure can end the race."""
-    for name, built in field.built.items():
-        if name in field.failures:
-            continue
-        try:
-            session = stack.enter_context(closing(_session(built, 1)))
-            for batch in field.batches.values():
-                session.run(batch)
-            field.sessions[name] = session
-        except SlipstreamError as exc:
-            if name == UNTOUCHED:
-                raise
-            field.failures[name] = f"does not run: {exc}"
-
-
-def _compare(field: _Field, held_out: HeldOut, rows: int, workers: int, observe: Observe) -> None:
-    names = [name for name in field.sessions if name not in (ORIGINAL, UNTOUCHED)]
-    for done, name in enumerate(names):
-        observe(f"fidelity of {name}", 0.5 * done / len(names))
-        try:
-            field.fidelity[name] = fidelity_of(field.sessions[name], held_out, rows, workers)
-        except (PassFailed, SlipstreamError) as exc:
-            field.failures[name] = f"fails on held-out samples: {exc}"
-            del field.sessions[name]
-
-
-def _race(
-    field: _Field, sessions: Mapping[str, Session], budget_s: float, seed: int, progress: Callable[[float], None]
-) -> Race:
-    return race(sessions, field.batches, frozenset({ORIGINAL}), RacePlan(budget_s=budget_s, seed=seed), progress)
-
-
-def _candidate(field: _Field, name: str) -> Candidate:
-    built = field.built[name]
-    return Candidate(name, built.provider, built.exact, field.failures.get(name, ""), field.fidelity.get(name))
-
-
-def _tune(
-    field: _Field, kept: Sequence[str], plan: TrialPlan, stack: ExitStack, observe: Observe
-) -> tuple[tuple[ServedRecord, ...], tuple[ThreadChoice, ...], tuple[Chosen, ...]]:
-    """Run the second race and choose the threads of each served variant."""
-    entrants = {(name, 1): field.sessions[name] for name in kept}
-    if plan.cores > 1:
+    def _tune(self, kept: Sequence[str], race: Race) -> tuple[dict[str, KnobChoice], dict[str, tuple[Race, str]]]:
+        """Try other session settings for each served variant; return its choice, and the race and label it ran in."""
+        tried: dict[str, dict[Knobs, str]] = {}
         for name in kept:
-            if field.built[name].provider == "cpu":
-                entrants[name, plan.cores] = stack.enter_context(closing(_session(field.built[name], plan.cores)))
-    sessions = {ORIGINAL: field.sessions[ORIGINAL], **{_label(*key): session for key, session in entrants.items()}}
-    second = _race(
-        field, sessions, plan.budget_s / 3, plan.seed + 1, lambda s: observe("race of thread counts", 0.8 + 0.2 * s)
-    )
-    served = [_served(second, (ORIGINAL, 0), ORIGINAL, chosen=True)]
-    choices, chosen = [], []
-    for name in kept:
-        many = (name, plan.cores)
-        alternative = plan.cores > 1 and many in entrants
-        pairs = _against(second, _label(*many), _label(name, 1)) if alternative else ()
-        choice = choose_threads(served_name(name), plan.cores, pairs)
-        choices.append(choice)
-        served += [
-            _served(second, key, _label(*key), chosen=key[1] == choice.threads) for key in entrants if key[0] == name
-        ]
-        options = msgspec.structs.replace(field.built[name].options, intra_op_threads=choice.threads)
-        table = second.table(_label(name, choice.threads))
-        chosen.append(Chosen(served_name(name), field.built[name], options, field.fidelity.get(name), table))
-    return tuple(served), tuple(choices), tuple(chosen)
+            built = self._built[name]
+            tried[name] = {}
+            for knobs in alternatives(built, self._plan.cores):
+                try:
+                    tried[name][knobs] = self._track.enter(built, knobs)
+                except SlipstreamError:
+                    continue  # an alternative only: the plain settings are proven
+        labels = [ORIGINAL, *kept, *(label for options in tried.values() for label in options.values())]
+        rows = deciding_rows(race.rows)
+        second = self._race(labels, rows, 0.2, "race of session settings", 0.7)
+        choices = {name: self._choose(name, tried[name], second, rows) for name in kept}
+        return choices, self._final(kept, choices, tried, race)
 
+    def _choose(self, name: str, tried: dict[Knobs, str], second: Race, rows: Sequence[int]) -> KnobChoice:
+        plain = Knobs(graph_level=self._built[name].options.graph_level)
+        others = {knobs: _against(second, label, name, rows) for knobs, label in tried.items()}
+        against_defaults = None
+        if self._plan.policy.objective == "latency" and others:
+            labels = {plain: name, **tried}
+            against_defaults = {k: _against(second, label, ORIGINAL, rows) for k, label in labels.items()}
+        return choose_knobs(served_name(name), plain, others, against_defaults)
 
-def _label(name: str, threads: int) -> str:
-    return f"{name}, {threads} threads"
+    def _final(
+        self,
+        kept: Sequence[str],
+        choices: dict[str, KnobChoice],
+        tried: dict[str, dict[Knobs, str]],
+        race: Race,
+    ) -> dict[str, tuple[Race, str]]:
+        """Measure the chosen settings at all batch sizes, where they are not the plain ones."""
+        other = {name: tried[name][choices[name].knobs] for name in kept if choices[name].knobs in tried[name]}
+        if not other:
+            return {name: (race, name) for name in kept}
+        last = self._race([ORIGINAL, *other.values()], race.rows, 0.15, "race of the chosen settings", 0.85)
+        return {name: (last, other[name]) if name in other else (race, name) for name in kept}
 
+    def _chosen(self, name: str, knobs: Knobs, measured: tuple[Race, str]) -> Chosen:
+        built, (race, label) = self._built[name], measured
+        options = with_knobs(built.options, knobs)
+        return Chosen(served_name(name), built, options, self._fidelity.get(name), race.table(label))
 
-def _against(race_: Race, name: str, baseline: str) -> tuple[Comparison, ...]:
-    return tuple(race_.compare(name, baseline, rows) for rows in deciding_rows(race_.rows))
+    def _served(self, name: str, knobs: str, race: Race, label: str) -> ServedRecord:
+        speeds = () if name == ORIGINAL else _speeds(race, label, ORIGINAL)
+        return ServedRecord(served_name(name), knobs, race.table(label), race.cpu_ms(label), speeds)
 
-
-def _speeds(race_: Race, name: str, baseline: str) -> tuple[Speed, ...]:
-    return tuple(Speed.of(comparison) for comparison in _against(race_, name, baseline))
-
-
-def _served(race_: Race, key: tuple[str, int], label: str, *, chosen: bool) -> ServedRecord:
-    name, threads = key
-    speeds = () if name == ORIGINAL else _speeds(race_, label, ORIGINAL)
-    return ServedRecord(served_name(name), threads, chosen, race_.table(label), race_.cpu_ms(label), speeds)
-
-
-def _records(field: _Field, decision: Decision, first: Race) -> tuple[CandidateRecord, ...]:
-    """Describe every candidate for the report, the baselines first."""
-    user = field.built[UNTOUCHED]
-    records = [
-        CandidateRecord(
+    def _records(self, decision: Decision, race: Race) -> tuple[CandidateRecord, ...]:
+        """Describe every candidate for the report, the baselines first."""
+        user = self._built[UNTOUCHED]
+        original = CandidateRecord(
             name=ORIGINAL,
             precision=user.precision,
             provider=user.provider,
@@ -240,32 +273,75 @@ def _records(field: _Field, decision: Decision, first: Race) -> tuple[CandidateR
             verdict="baseline",
             reason="the file as onnxruntime opens it by default: what a user has today",
             size_bytes=user.size_bytes,
-            latency=first.table(ORIGINAL),
-            cpu_ms=first.cpu_ms(ORIGINAL),
+            latency=race.table(ORIGINAL),
+            cpu_ms=race.cpu_ms(ORIGINAL),
         )
-    ]
-    return (*records, *(_record(field, decision, first, name) for name in field.built))
+        return (original, *(self._record(decision, race, name) for name in self._built))
+
+    def _record(self, decision: Decision, race: Race, name: str) -> CandidateRecord:
+        built, kept = self._built[name], name in decision.kept
+        ran = next((r for r in (race, self._first) if r is not None and r.has(name)), None)
+        if name == UNTOUCHED:
+            reason = "the file as the server opens it: one thread, which does not spin"
+            verdict = Verdict(kept, f"{reason}; served as {FALLBACK}" if kept else reason)
+        else:
+            verdict = decision.verdicts[name]
+        word = "served" if kept else "baseline" if name == UNTOUCHED else "proven" if verdict.proven else "refused"
+        return CandidateRecord(
+            name=name,
+            precision=built.precision,
+            provider=built.provider,
+            threads=1,
+            verdict=word,
+            reason=verdict.reason,
+            size_bytes=built.size_bytes,
+            fidelity=self._fidelity.get(name),
+            latency=ran.table(name) if ran is not None else None,
+            cpu_ms=ran.cpu_ms(name) if ran is not None else (),
+            against_original=_speeds(ran, name, ORIGINAL) if ran is not None else (),
+            against_exact=tuple(Speed.of(c) for c in decision.speed.get(name, ())),
+            passes=built.passes,
+            standing=self._standing(name, race),
+            search_fidelity=self._search.get(name),
+            placement=self._track.placement(built) if name in self._alive else {},
+            pareto=name in decision.pareto,
+            host_bound=built.host_bound,
+        )
 
 
-def _record(field: _Field, decision: Decision, first: Race, name: str) -> CandidateRecord:
-    built, ran = field.built[name], name not in field.failures
-    kept = name in decision.kept
-    if name == UNTOUCHED:
-        reason = "the file as the server opens it: one thread, which does not spin"
-        verdict = Verdict(kept, f"{reason}; served as {FALLBACK}" if kept else reason)
-    else:
-        verdict = decision.verdicts[name]
-    return CandidateRecord(
-        name=name,
-        precision=built.precision,
-        provider=built.provider,
-        threads=1,
-        verdict="served" if kept else "baseline" if name == UNTOUCHED else "refused",
-        reason=verdict.reason,
-        size_bytes=built.size_bytes,
-        fidelity=field.fidelity.get(name),
-        latency=first.table(name) if ran else None,
-        cpu_ms=first.cpu_ms(name) if ran else (),
-        against_original=_speeds(first, name, ORIGINAL) if ran else (),
-        against_exact=tuple(Speed.of(c) for c in decision.speed.get(name, ())),
-    )
+def alternatives(built: Built, cores: int) -> list[Knobs]:
+    """Return the session settings to try for a variant beside the plain ones."""
+    if built.provider != CPU.kind:
+        return []
+    level = built.options.graph_level
+    found = [Knobs(cores, False, level), Knobs(cores, True, level)] if cores > 1 else []
+    return found if built.host_bound else [*found, Knobs(graph_level="extended"), Knobs(graph_level="basic")]
+
+
+def headline(outcome: Outcome) -> str:
+    """Say in one sentence what is served, and how fast and faithful it is."""
+    best = outcome.chosen[0]
+    speeds = next(record.against_original for record in outcome.served if record.variant == best.name)
+    seen = " and ".join(f"{s.speedup:.2f}x ({s.low:.2f}-{s.high:.2f}) at batch {s.rows}" for s in speeds)
+    text = f"{best.name} is served: {seen} the speed of the original with onnxruntime's defaults"
+    if best.built.exact:
+        return f"{text}; no lossy candidate was both faithful and better."
+    return f"{text}; {describe(best.fidelity)}." if best.fidelity is not None else f"{text}."
+
+
+def served_name(name: str) -> str:
+    """Return the name under which a candidate is served: the untouched original serves as ``fp32``."""
+    return FALLBACK if name == UNTOUCHED else name
+
+
+def _ms(race: Race, name: str, rows: int) -> float:
+    table = race.table(name)
+    return table.p50_ms[table.rows.index(rows)] / rows
+
+
+def _against(race: Race, name: str, baseline: str, rows: Sequence[int]) -> tuple[Comparison, ...]:
+    return tuple(race.compare(name, baseline, r) for r in rows)
+
+
+def _speeds(race: Race, name: str, baseline: str) -> tuple[Speed, ...]:
+    return tuple(Speed.of(c) for c in _against(race, name, baseline, deciding_rows(race.rows)))

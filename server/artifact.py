@@ -98,6 +98,22 @@ class LatencyTable(msgspec.Struct, frozen=True):
         return next(rows for rows, rate in zip(self.rows, rates, strict=True) if rate >= enough)
 
 
+class Slice(msgspec.Struct, frozen=True):
+    """Agreement on a part of the held-out samples.
+
+    Attributes:
+        name: What its samples share, e.g. ``class 3``, ``margin quarter 1`` (the least confident) or ``label 7``.
+        samples: Samples in it.
+        agreement: Share of them with the same decision.
+        agreement_low: Lower end of its 95 % interval, of this slice alone: the worst of many is low by chance as well.
+    """
+
+    name: str
+    samples: int
+    agreement: float
+    agreement_low: float
+
+
 class Fidelity(msgspec.Struct, frozen=True):
     """How well a variant reproduces the original on held-out samples.
 
@@ -105,10 +121,23 @@ class Fidelity(msgspec.Struct, frozen=True):
         samples: Held-out samples compared.
         agreement: Share of samples with the same decision (see ``decision``), the worst over the batch sizes tried.
         agreement_low: Lower end of its 95 % interval.
-        decision: What agreement counts: ``top1``, ``nearest_neighbour`` (embeddings) or ``close`` (other outputs).
+        decision: What agreement counts: ``top1`` (largest column, or the label), ``binary`` (side of the threshold),
+            ``nearest_neighbour`` (embeddings), ``tokens`` and ``pixels`` (largest class at 99 % of the positions),
+            ``maps`` (same peaks, same outputs there), ``near`` (error 20 dB below the output), or ``close`` (every
+            element within 1 %).
         cosine: Mean cosine of the outputs, and ``cosine_worst`` its minimum over the samples.
-        sqnr_db: Signal power over error power, in decibel.
-        accuracy: Task accuracy against labels, when labels were given; ``accuracy_original`` is the original's.
+        sqnr_db: Signal power over error power, in decibel, of the worst output.
+        accuracy: Task accuracy against labels, or what the user's evaluator returned; ``accuracy_original`` is the
+            original's. ``None`` without labels and evaluator.
+        top5_agreement: Share of samples whose original top-1 is among the candidate's five largest columns; ``None``
+            with five classes or fewer.
+        kl: Mean Kullback-Leibler divergence of the candidate's class distribution from the original's, in nats;
+            ``None`` where the outputs hold no classes.
+        sqnr_by_output: Decibel per floating point output.
+        worst_slice: The slice of at least 16 samples with the lowest agreement; ``None`` when there is none.
+        cosine_low: Lower end of the 95 % interval of the mean cosine.
+        accuracy_drop_high: Upper end of the 95 % interval of the original's accuracy minus this one's; ``None``
+            without labels, and with an evaluator, whose value is one number for all samples.
     """
 
     samples: int
@@ -120,6 +149,12 @@ class Fidelity(msgspec.Struct, frozen=True):
     sqnr_db: float
     accuracy: float | None = None
     accuracy_original: float | None = None
+    top5_agreement: float | None = None
+    kl: float | None = None
+    sqnr_by_output: dict[str, float] = {}
+    worst_slice: Slice | None = None
+    cosine_low: float | None = None
+    accuracy_drop_high: float | None = None
 
 
 class Variant(msgspec.Struct, frozen=True):
@@ -138,6 +173,8 @@ class Variant(msgspec.Struct, frozen=True):
         latency: Measured on ``host``; ``None`` when never measured.
         profile: Shapes that an engine was built for.
         host: Fingerprint of the host that measured it.
+        host_bound: Whether it holds operators made for that kind of host, and opens on no other.
+        weights: Files beside ``file`` that hold its weights, by name -> digest; for models beyond 2 GB.
     """
 
     name: str
@@ -152,6 +189,8 @@ class Variant(msgspec.Struct, frozen=True):
     latency: LatencyTable | None = None
     profile: Profile | None = None
     host: str = ""
+    host_bound: bool = False
+    weights: dict[str, str] = {}
 
 
 class Batching(msgspec.Struct, frozen=True):
@@ -168,6 +207,24 @@ class Batching(msgspec.Struct, frozen=True):
     max_rows: int = 32
 
 
+class Padding(msgspec.Struct, frozen=True):
+    """Whether inputs may be padded along a variable axis other than the batch, e.g. the sequence.
+
+    Attributes:
+        paddable: True only where it is proven.
+        reason: The proof, or why there is none.
+        axes: Input name -> index of the axis that is padded at its end; only inputs that are padded.
+        output_axes: Output name -> index of the axis to cut back to the unpadded length; only outputs that have it.
+        value: What inputs are padded with.
+    """
+
+    paddable: bool
+    reason: str
+    axes: dict[str, int] = {}
+    output_axes: dict[str, int] = {}
+    value: int = 0
+
+
 class Source(msgspec.Struct, frozen=True):
     """The original model."""
 
@@ -181,6 +238,8 @@ class Manifest(msgspec.Struct, frozen=True):
 
     Attributes:
         variants: In order of preference: the first one that opens on a device serves there.
+        digest: Of what was asked for and what was made, measured times left out: equal digests mean equal answers.
+        padding: Whether requests of unequal length may be padded to one; ``None`` when that was never tried.
     """
 
     format: int
@@ -195,6 +254,8 @@ class Manifest(msgspec.Struct, frozen=True):
     tools: dict[str, str] = {}
     host: dict[str, str] = {}
     golden_sha256: str = ""
+    digest: str = ""
+    padding: Padding | None = None
 
 
 class Golden(msgspec.Struct, frozen=True):
@@ -249,6 +310,8 @@ def read_artifact(folder: Path) -> Artifact:
         raise ArtifactError(f"{folder / MANIFEST} names its variants {names}; each name may occur once")
     for variant in manifest.variants:
         _check_digest(folder, variant.file, variant.sha256)
+        for name, digest in variant.weights.items():
+            _check_digest(folder, str(Path(variant.file).parent / name), digest)
     if manifest.golden_sha256:
         _check_digest(folder, GOLDEN, manifest.golden_sha256)
     return Artifact(folder, name, version, manifest)

@@ -36,6 +36,8 @@ TOOLS = (
     "tensorrt-rtx-cu13-bindings",
 )
 _CPUINFO = Path("/proc/cpuinfo")
+_MEMINFO = Path("/proc/meminfo")
+_CGROUP = Path("/sys/fs/cgroup")
 
 
 class HostFacts(msgspec.Struct, frozen=True):
@@ -79,6 +81,15 @@ def read_host() -> HostFacts:
     return HostFacts(cpu or platform.processor(), flags, usable_cores(), _gpus(), _tools(), platform.machine())
 
 
+def available_memory_bytes() -> int:
+    """Return the memory that a process may still take, within the limit of its control group; 0 when unknown."""
+    known = [int(line.split()[1]) * 1024 for line in _lines(_MEMINFO) if line.startswith("MemAvailable:")]
+    limit, used = _lines(_CGROUP / "memory.max"), _lines(_CGROUP / "memory.current")
+    if limit and used and limit[0].isdigit():
+        known.append(int(limit[0]) - int(used[0]))
+    return max(min(known), 0) if known else 0
+
+
 def parse_cpuinfo(text: str) -> tuple[str, tuple[str, ...]]:
     """Return the model name and the known flags of the first processor in the text of ``/proc/cpuinfo``."""
     fields: dict[str, str] = {}
@@ -106,3 +117,10 @@ def _tools() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        return file.read_text(encoding="ascii").splitlines()
+    except OSError:
+        return []

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from server.artifact import Artifact, LatencyTable, Variant, read_golden
 from server.errors import ArtifactError, InferenceFailed, StartupError
 from server.golden import require_golden
+from server.host import read_host
 from server.providers import Device, usable_cores
 from server.scheduler import LaneSpec
 from server.session import MEASURED_ROWS, Session, measure_latency, synthetic_inputs
@@ -77,6 +78,8 @@ class Lanes:
             self.specs.append(LaneSpec(variant.name, device.name, session, latency, threads))
 
     def _open(self, variant: Variant, device: Device) -> Session:
+        if variant.host_bound and variant.host != (here := read_host().fingerprint):
+            raise StartupError(f"built for hosts of kind {variant.host}, this is one of {here}; optimize it here")
         session = Session(self._artifact.folder / variant.file, device, variant.options)
         if self._manifest is not None and self._golden is not None:
             _require_signature(self._manifest.signature, session.signature, variant.name)

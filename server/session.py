@@ -87,6 +87,20 @@ class Session:
             for name, array in zip(names, arrays, strict=True)
         }
 
+    def placement(self) -> dict[str, dict[str, int]]:
+        """Return execution provider -> operator -> count of its nodes.
+
+        The session's options must hold ``session.record_ep_graph_assignment_info`` = ``1``; else nothing is known.
+        onnxruntime lists the nodes as they were before it fused them for the provider.
+        """
+        placed: dict[str, dict[str, int]] = {}
+        for subgraph in self._session.get_provider_graph_assignment_info():
+            ops = placed.setdefault(subgraph.ep_name, {})
+            for node in subgraph.get_nodes():
+                name = f"{node.domain}:{node.op_type}" if node.domain else node.op_type
+                ops[name] = ops.get(name, 0) + 1
+        return placed
+
     def close(self) -> None:
         """Release the model once the runs in progress have ended; later runs fail."""
         self._session = None

@@ -1,7 +1,9 @@
-"""What both INT8 passes share: the choice of the weight range, and the preparation of weights."""
+"""What both INT8 passes share: the choice of the weight range and of the nodes, and the preparation of the model."""
 
 import math
 from collections import Counter
+from collections.abc import Collection, Container
+from graphlib import TopologicalSorter
 
 import numpy as np
 import onnx
@@ -9,7 +11,7 @@ from onnx import numpy_helper
 from onnxruntime.quantization.quant_utils import add_pre_process_metadata
 
 from optimizers.errors import PassFailed
-from optimizers.graph import opset_of
+from optimizers.graph import nodes_of, opset_of
 from optimizers.passes import copy_of
 from optimizers.passes.opset import OLDEST_OPSET
 from optimizers.passes.settle import settle
@@ -20,6 +22,9 @@ from server.providers import EXACT_PRODUCTS
 WEIGHTED_OPS = frozenset({"MatMul", "Gemm", "Conv"})
 DEFAULT_TENSOR_TYPE = {"DefaultTensorType": onnx.TensorProto.FLOAT}
 """What onnxruntime's quantizer assumes where shape inference found no type, e.g. behind an operator of its own."""
+
+_QUANTIZED_OPS = frozenset({"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"})
+_QUANTIZED_OPS |= {"MatMulInteger", "ConvInteger", "MatMulNBits"}
 
 
 def reduced_range(host: HostFacts) -> bool:
@@ -46,22 +51,91 @@ def weighted_nodes(model: onnx.ModelProto, op_types: frozenset[str]) -> list[onn
     return [node for node in nodes if len(node.input) > 1 and node.input[1] in weights]
 
 
-def prepared(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Return a copy that onnxruntime's quantizer handles rightly: weights have one reader, biases of Gemm one axis.
+def require_float(model: onnx.ModelProto) -> None:
+    """Require an opset with per-channel scales, and a model that nothing has quantized.
 
     Raises:
-        PassFailed: If the opset cannot express per-channel scales.
+        PassFailed: If the opset is too old, or if an operator, in a subgraph or not, computes with quantized values.
     """
     if opset_of(model) < OLDEST_OPSET:
         raise PassFailed(f"opset {opset_of(model)} has no per-channel scales; opset {OLDEST_OPSET} or newer is needed")
+    quantized = Counter(node.op_type for node in nodes_of(model) if _is_quantized(node))
+    if quantized:
+        found = ", ".join(f"{count} {op_type}" for op_type, count in sorted(quantized.items()))
+        raise PassFailed(f"already quantized: the model has {found}; give the FP32 model")
+
+
+def chosen_nodes(model: onnx.ModelProto, op_types: frozenset[str], keep: Collection[str]) -> list[onnx.NodeProto]:
+    """Return the weighted nodes to quantize: all of these operators but those to keep.
+
+    Args:
+        model: A prepared model.
+        op_types: Operators that the pass quantizes.
+        keep: Names of nodes that stay in float.
+
+    Raises:
+        PassFailed: If a name is unknown, or if every weighted node is to be kept.
+    """
+    unknown = sorted(set(keep) - {node.name for node in model.graph.node})
+    if unknown:
+        raise PassFailed(f"nodes to keep that the model does not have: {', '.join(unknown)}")
+    weighted = weighted_nodes(model, op_types)
+    chosen = [node for node in weighted if node.name not in set(keep)]
+    if weighted and not chosen:
+        raise PassFailed(f"all {len(weighted)} nodes with weights are kept in float; nothing is left to quantize")
+    return chosen
+
+
+def kept_note(model: onnx.ModelProto, op_types: frozenset[str], keep: Collection[str]) -> str:
+    """Return how many of the weighted nodes stay in float, as the end of a note; nothing where none does."""
+    weighted = weighted_nodes(model, op_types)
+    kept = sum(node.name in set(keep) for node in weighted)
+    return f", {kept} of {len(weighted)} nodes kept in float" if kept else ""
+
+
+def prepared(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a copy that onnxruntime's quantizer handles rightly.
+
+    Nodes have names, weights are initializers with one reader, biases of Gemm have one axis.
+
+    Raises:
+        PassFailed: If the opset cannot express per-channel scales, or if the model is quantized already.
+    """
+    require_float(model)
     twin = copy_of(model)
     settle(twin, model)  # ranges and types are found by the shapes that are known
-    for index, node in enumerate(twin.graph.node):
-        node.name = node.name or f"{node.op_type}_{index}"  # the quantizer tells nodes apart by name
+    _name_nodes(twin)
+    _lift_constants(twin)
     untie_weights(twin)
     flatten_biases(twin)
     add_pre_process_metadata(twin)  # the passes before this one did what the quantizer would warn about
     return twin
+
+
+def captured(node: onnx.NodeProto) -> set[str]:
+    """Return the names that a node's subgraphs read, from the graph around them or their own."""
+    names = set()
+    for attribute in node.attribute:
+        for graph in (*attribute.graphs, attribute.g):
+            for inner in graph.node:
+                names |= set(inner.input) | captured(inner)
+    return names
+
+
+def sort_nodes(model: onnx.ModelProto) -> None:
+    """Put the nodes of the main graph into an order in which they can run; edits in place.
+
+    onnxruntime's quantizer sorts them without regard for what subgraphs read.
+    """
+    nodes = list(model.graph.node)
+    makers = {name: index for index, node in enumerate(nodes) for name in node.output}
+    needs = {
+        index: {makers[name] for name in (*node.input, *sorted(captured(node))) if name in makers}
+        for index, node in enumerate(nodes)
+    }
+    ordered = [nodes[index] for index in TopologicalSorter(needs).static_order()]
+    del model.graph.node[:]
+    model.graph.node.extend(ordered)
 
 
 def untie_weights(model: onnx.ModelProto) -> int:
@@ -72,7 +146,7 @@ def untie_weights(model: onnx.ModelProto) -> int:
     Returns:
         How many copies were made.
     """
-    readers = Counter(name for node in model.graph.node for name in node.input)
+    readers = Counter(name for node in nodes_of(model) for name in node.input)
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
     outputs = {value.name for value in model.graph.output}
     copies = 0
@@ -117,7 +191,32 @@ def flatten_biases(model: onnx.ModelProto) -> int:
     return rewritten
 
 
-def _free_name(wish: str, taken: dict[str, onnx.TensorProto]) -> str:
+def _is_quantized(node: onnx.NodeProto) -> bool:
+    return node.op_type in _QUANTIZED_OPS or node.op_type.startswith("QLinear")
+
+
+def _name_nodes(model: onnx.ModelProto) -> None:
+    """Give nodes without a name one; the quantizer tells nodes apart by name."""
+    taken = {node.name for node in model.graph.node}
+    for index, node in enumerate(model.graph.node):
+        if not node.name:
+            node.name = _free_name(f"{node.op_type}_{index}", taken)
+            taken.add(node.name)
+
+
+def _lift_constants(model: onnx.ModelProto) -> None:
+    """Turn Constant nodes of the main graph that hold a tensor into initializers."""
+    outputs = {value.name for value in model.graph.output}
+    for node in [n for n in model.graph.node if n.op_type == "Constant" and n.output[0] not in outputs]:
+        tensors = [attribute.t for attribute in node.attribute if attribute.name == "value"]
+        if tensors:
+            weight = model.graph.initializer.add()
+            weight.CopyFrom(tensors[0])
+            weight.name = node.output[0]
+            model.graph.node.remove(node)
+
+
+def _free_name(wish: str, taken: Container[str]) -> str:
     name, number = wish, 1
     while name in taken:
         number += 1

@@ -9,7 +9,7 @@ import onnx_ir.passes.common as common
 from onnx import helper
 
 from optimizers.errors import PassFailed
-from optimizers.graph import IR_PORTABLE, OPSET_CEILING, nodes_of, opset_of
+from optimizers.graph import IR_PORTABLE, OPSET_CEILING, graphs_of, opset_of
 from optimizers.passes import PassContext, PassResult, PassSpec, copy_of
 from optimizers.passes.settle import settle
 
@@ -17,13 +17,14 @@ _IR_WITHOUT_INITIALIZER_INPUTS = 8  # before IR version 4 every weight had to be
 
 
 class Sanitize:
-    """Name every node, turn Constant nodes into initializers, infer shapes, lower the IR version.
+    """Inline functions, name every node, turn Constant nodes into initializers, infer shapes, lower the IR version.
 
-    Weights that are also declared as inputs stop being inputs. The signature stays as it is: no axis is renamed, and
-    what shape inference finds out about inputs and outputs is not written there.
+    Constants inside a subgraph become initializers there; no name hides one of a graph around it. Weights that are also
+    declared as inputs stop being inputs. The signature stays as it is: no axis is renamed, and what shape inference
+    finds out about inputs and outputs is not written there.
     """
 
-    spec: ClassVar[PassSpec] = PassSpec("sanitize", 1, "exact")
+    spec: ClassVar[PassSpec] = PassSpec("sanitize", 2, "exact")
 
     def run(self, model: onnx.ModelProto, context: PassContext) -> PassResult:  # noqa: ARG002  (the interface)
         """Apply the pass.
@@ -47,6 +48,7 @@ class Sanitize:
 
 def _tidied(model: ir.Model) -> ir.Model:
     steps = ir.passes.Sequential(
+        common.InlinePass(),
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         common.RemoveInitializersFromInputsPass(),
         common.RemoveUnusedNodesPass(),
@@ -64,12 +66,18 @@ def _portable_ir(model: onnx.ModelProto) -> int:
 
 
 def _differences(model: onnx.ModelProto, tidy: onnx.ModelProto) -> dict[str, int]:
-    constants = sum(node.op_type == "Constant" for node in nodes_of(model))
     counts = {
-        "constants_lifted": constants - sum(node.op_type == "Constant" for node in nodes_of(tidy)),
+        "functions_inlined": len(model.functions) - len(tidy.functions),
+        "constants_lifted": sum(map(_constants, graphs_of(model))) - sum(map(_constants, graphs_of(tidy))),
         "initializers_removed_from_inputs": len(model.graph.input) - len(tidy.graph.input),
         "nodes_named": sum(not node.name for node in model.graph.node),
-        "unused_nodes_removed": len(model.graph.node) - constants - len(tidy.graph.node),
+        "unused_nodes_removed": 0
+        if model.functions
+        else len(model.graph.node) - _constants(model.graph) - len(tidy.graph.node),
         "shapes_inferred": len(tidy.graph.value_info) - len(model.graph.value_info),
     }
     return {name: count for name, count in counts.items() if count > 0}
+
+
+def _constants(graph: onnx.GraphProto) -> int:
+    return sum(node.op_type == "Constant" for node in graph.node)

@@ -15,12 +15,12 @@ from click.testing import CliRunner, Result
 from optimizers import cli, pipeline
 from optimizers.cli import inspect, optimize, verify
 from optimizers.errors import OptimizerError
-from server.artifact import read_artifact
+from server.artifact import digest_of, read_artifact
 from server.providers import CPU
 from tests import models
 from tests.artifacts import edit_manifest, write_plain
 
-FAST = ["--precisions", "fp32", "--devices", "cpu", "--time-budget", "0.1"]
+FAST = ["--precisions", "fp32", "--compressions", "none", "--devices", "cpu", "--time-budget", "0.1"]
 
 
 def run(command: object, *arguments: object) -> Result:
@@ -107,7 +107,7 @@ def damage(artifact: Path, folder: Path) -> Path:
     tensor.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor) * np.float32(1.2), tensor.name))
     onnx.save(model, path)
     manifest = json.loads((copy / "manifest.json").read_text())
-    manifest["variants"][0]["sha256"] = pipeline.digest_of(path)
+    manifest["variants"][0]["sha256"] = digest_of(path)
     (copy / "manifest.json").write_text(json.dumps(manifest))
     return copy
 
@@ -174,6 +174,8 @@ def test_debug_lets_the_error_through(tmp_path: Path):
         ("--name", "x"),
         ("--name", "x", "--repository", "r", "--precisions", "int3"),
         ("--name", "x", "--repository", "r", "--devices", ","),
+        ("--name", "x", "--repository", "r", "--compressions", "zip"),
+        ("--name", "x", "--repository", "r", "--objective", "beauty"),
         ("--name", "x", "--repository", "r", "--version", "0"),
         ("--name", "x", "--repository", "r", "--time-budget", "nan"),
         ("--name", "x", "--repository", "r", "--time-budget", "inf"),
@@ -215,11 +217,11 @@ def test_recipe_with_an_unknown_key_is_refused_with_the_known_ones(mlp: Path, tm
     recipe = tmp_path / "recipe.toml"
     result = run(optimize, mlp, "--name", "x", "--repository", tmp_path / "models", "--recipe", recipe)
     assert (result.exit_code, result.stdout) == (1, "")
-    assert "unknown field `precision`; known keys are precisions, devices" in result.stderr
+    assert "unknown field `precision`; known keys are precisions, compressions, devices" in result.stderr
 
 
 def test_options_win_over_the_recipe(first: tuple[Path, Path, Result], artifact: Path, tmp_path: Path):
-    (tmp_path / "recipe.toml").write_text('precisions = ["int8"]\ndevices = ["cpu"]\n')
+    (tmp_path / "recipe.toml").write_text('precisions = ["int8"]\ncompressions = []\ndevices = ["cpu"]\n')
     recipe, repository = tmp_path / "recipe.toml", first[1]
     result = run(optimize, first[0], "--repository", repository, "--name", "mlp", "--recipe", recipe, *FAST)
     assert f"up to date: {artifact}" in result.stdout

@@ -177,3 +177,68 @@ def test_output_that_does_not_have_one_row_per_sample_is_refused():
 
     with pytest.raises(PassFailed, match="'y' has shape"):
         run_batched(Summing(), singles_of("x", 4), rows=4)
+
+
+def test_evaluator_is_asked_for_both_and_the_worse_answer_counts():
+    def mean(outputs: Tensors, labels: Array | None) -> float:
+        return float(outputs["y"].mean())
+
+    singles = tuple({"x": np.array([[1.0, 2.0, 3.0, i % 5]], np.float32)} for i in range(32))
+    held_out = HeldOut(singles, {"y": join(singles)["x"]}, "top1", labels=np.zeros(32, np.int64))
+    found = fidelity_of(Fake(lambda x: x / 2), held_out, rows=8, evaluate=mean)
+    assert found.accuracy_original == pytest.approx(held_out.reference["y"].mean())
+    assert found.accuracy == pytest.approx(found.accuracy_original / 2)
+
+
+def test_worst_slice_comes_with_the_fidelity():
+    rng = np.random.default_rng(0)
+    lengths = np.arange(80) % 8 + 1
+    singles = tuple(
+        {"x": rng.standard_normal((1, 4)).astype(np.float32), "mask": (np.arange(8)[None] < n).astype(np.int64)}
+        for n in lengths
+    )
+
+    class SpoilsLong:
+        def run(self, inputs: Tensors) -> dict[str, Array]:
+            return {"y": np.where(inputs["mask"].sum(axis=1, keepdims=True) > 6, -inputs["x"], inputs["x"])}
+
+    held_out = HeldOut(singles, {"y": join(singles)["x"]}, "top1")
+    found = fidelity_of(SpoilsLong(), held_out, rows=8)
+    assert found.worst_slice.name == "length quarter 4"
+    assert (found.worst_slice.samples, found.worst_slice.agreement) == (20, 0.0)
+    assert found.agreement == pytest.approx(0.75)
+
+
+def test_what_a_mask_hides_does_not_count():
+    rng = np.random.default_rng(0)
+    singles = tuple(
+        {
+            "x": rng.standard_normal((1, 8, 5)).astype(np.float32),
+            "mask": (np.arange(8)[None] < 1 + i % 8).astype(np.int64),
+        }
+        for i in range(40)
+    )
+
+    class SpoilsHidden:
+        def run(self, inputs: Tensors) -> dict[str, Array]:
+            return {"y": np.where(inputs["mask"][:, :, None] == 0, np.float32("nan"), inputs["x"])}
+
+    class SpoilsSeen:
+        def run(self, inputs: Tensors) -> dict[str, Array]:
+            return {"y": np.where(inputs["mask"][:, :, None] == 1, -inputs["x"], inputs["x"])}
+
+    reference = {"y": join(singles)["x"]}
+    held_out = HeldOut(singles, reference, decision_for(reference))
+    assert held_out.decision == "tokens"
+    found = fidelity_of(SpoilsHidden(), held_out, rows=8)
+    assert (found.agreement, found.sqnr_db, found.cosine_worst) == (1.0, 200.0, pytest.approx(1.0))
+    assert fidelity_of(SpoilsSeen(), held_out, rows=8).agreement == 0.0
+
+
+def test_slices_and_mask_are_found_out_once():
+    singles = singles_of("x", 4, count=32)
+    held_out = HeldOut(singles, {"y": join(singles)["x"]}, "top1")
+    assert held_out.slices is held_out.slices
+    assert set(held_out.slices) == {"class", "margin quarter"}
+    assert held_out.mask is None
+    assert held_out.visible is held_out.reference

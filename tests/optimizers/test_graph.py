@@ -3,17 +3,33 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto, external_data_helper, helper, numpy_helper
 
 from optimizers import graph
 from optimizers.errors import ModelError
-from optimizers.graph import check, foreign_ops, load_model, op_counts, save_model, signature_of
+from optimizers.graph import (
+    check,
+    files_of,
+    foreign_ops,
+    load_model,
+    op_counts,
+    save_model,
+    signature_of,
+    tensors_of,
+    weight_bytes,
+)
+from optimizers.passes.check import require_equivalent
+from optimizers.passes.fold import Fold
+from optimizers.passes.fusion import Fuse, OrtBasic
+from optimizers.passes.opset import RaiseOpset
+from optimizers.passes.sanitize import Sanitize
+from optimizers.passes.simplify import Simplify
 from server.artifact import SessionOptions
 from server.errors import UnsupportedModel
 from server.providers import Device
 from server.session import Session
 from tests.models import save_batch_on_axis_1, save_cnn, save_mlp, save_sequence, save_strings, save_two_inputs
-from tests.optimizers.graphs import NODE, model_of, normal
+from tests.optimizers.graphs import NODE, context_of, model_of, normal
 
 
 @pytest.mark.parametrize(
@@ -110,3 +126,59 @@ def test_operators_are_counted_in_subgraphs_too_with_their_domain() -> None:
     )
     assert op_counts(model) == {"com.microsoft:Gelu": 2, "If": 1, "Relu": 1}
     assert foreign_ops(model) == ["com.microsoft:Gelu"]
+
+
+def with_hidden_weights() -> onnx.ModelProto:
+    """Weights as an initializer, in a Constant node, and in both branches of an If."""
+    tensors = {name: numpy_helper.from_array(normal(16, seed=index), name) for index, name in enumerate("abcd")}
+    then = helper.make_graph([NODE("Add", ["x", "c"], ["t"])], "then", [], [_float("t")], [tensors["c"]])
+    otherwise = helper.make_graph(
+        [NODE("Constant", [], ["k"], value=tensors["d"]), NODE("Add", ["x", "k"], ["e"])], "else", [], [_float("e")]
+    )
+    nodes = [
+        NODE("Constant", [], ["b"], value=tensors["b"]),
+        NODE("ReduceSum", ["x"], ["sum"], keepdims=0),
+        NODE("Cast", ["sum"], ["positive"], to=TensorProto.BOOL),
+        NODE("If", ["positive"], ["chosen"], then_branch=then, else_branch=otherwise),
+        NODE("Add", ["chosen", "a"], ["m"]),
+        NODE("Mul", ["m", "b"], ["y"]),
+    ]
+    return model_of(nodes, {"x": [16]}, {"y": [16]}, {"a": normal(16)})
+
+
+def _float(name: str) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, TensorProto.FLOAT, [16])
+
+
+def test_tensors_are_found_wherever_the_file_holds_them() -> None:
+    model = with_hidden_weights()
+    assert sorted(tensor.name for tensor in tensors_of(model)) == ["a", "b", "c", "d"]
+    assert weight_bytes(model) == 4 * 16 * 4
+
+
+def test_external_weights_of_constants_and_subgraphs_belong_to_the_files_of_a_model(tmp_path: Path) -> None:
+    model = with_hidden_weights()
+    for tensor in tensors_of(model):
+        external_data_helper.set_external_data(tensor, f"{tensor.name}.bin")
+    onnx.save(model, tmp_path / "model.onnx")
+    names = [path.name for path in files_of(tmp_path / "model.onnx")]
+    assert names == ["model.onnx", "a.bin", "b.bin", "c.bin", "d.bin"]
+    assert all((tmp_path / name).exists() for name in names)
+    again = load_model(tmp_path / "model.onnx")
+    assert weight_bytes(again) == weight_bytes(with_hidden_weights())
+
+
+def test_a_large_model_is_read_back_and_passes_keep_its_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = onnx.load(save_mlp(tmp_path / "model.onnx"))
+    monkeypatch.setattr(graph, "_LARGEST_FILE_BYTES", 1000)
+    save_model(model, tmp_path / "large.onnx")
+    assert [path.name for path in files_of(tmp_path / "large.onnx")] == ["large.onnx", "large.onnx.data"]
+    read = load_model(tmp_path / "large.onnx")
+    x = {"x": normal(2, 64)}
+    for step in (RaiseOpset(), Sanitize(), Fold(), Simplify(), Fuse(), OrtBasic()):
+        result = step.run(read, context_of(tmp_path))
+        require_equivalent(model, result, "tolerance", [x], tmp_path)
+        read = result.model
+        assert all(tensor.data_location == TensorProto.DEFAULT for tensor in tensors_of(read))

@@ -2,6 +2,7 @@
 
 import atexit
 import os
+import re
 import signal
 import sys
 import threading
@@ -10,12 +11,14 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from msgspec.structs import replace
 
 from optimizers.errors import PassFailed
 from optimizers.evidence import run_singly
-from optimizers.isolation import Finding, Probe, Workshop, run_isolated
+from optimizers.isolation import Finding, Form, Probe, Workshop, run_isolated
 from optimizers.passes import Effect, PassContext, PassResult, PassSpec, copy_of
-from server.artifact import SessionOptions
+from optimizers.store import Store
+from server.artifact import SessionOptions, digest_of
 from server.host import read_host
 from server.providers import CPU
 from server.session import Session
@@ -145,6 +148,24 @@ class Coarser(Coarse):
     steps = 16
 
 
+class Hoard(Step):
+    """Takes memory until somebody stops it."""
+
+    def run(self, model: onnx.ModelProto, context: PassContext) -> PassResult:
+        held = []
+        while True:
+            held.append(np.ones(4_000_000))
+            threading.Event().wait(0.001)
+
+
+class Calibrated(Rename):
+    """Needs real inputs and the facts of the host."""
+
+    @property
+    def spec(self) -> PassSpec:
+        return PassSpec("calibrated", 1, "exact", needs=frozenset({"calibration", "host"}))
+
+
 class NotANumber(Step):
     effect = "lossy"
 
@@ -160,12 +181,16 @@ def workshop(mlp: Path, tmp_path: Path) -> Workshop:
     rng = np.random.default_rng(0)
     singles = tuple({"x": rng.standard_normal((1, 64)).astype(np.float32)} for _ in range(4))
     probe = Probe(singles, run_singly(Session(mlp, CPU, SessionOptions()), singles))
-    return Workshop(tmp_path / "work", PassContext(read_host(), work=tmp_path), probe)
+    return Workshop(Store(tmp_path / "store"), PassContext(read_host(), work=tmp_path), probe, "inputs")
+
+
+def form_of(model: Path) -> Form:
+    return Form(model, digest_of(model), SessionOptions(config={"session.y": "2"}))
 
 
 def run(step: Step, mlp: Path, workshop: Workshop) -> Finding:
     before = mlp.read_bytes()
-    finding = run_isolated(step, mlp, workshop, SessionOptions(config={"session.y": "2"}))
+    finding = run_isolated(step, form_of(mlp), workshop)
     assert mlp.read_bytes() == before
     return finding
 
@@ -178,11 +203,13 @@ def test_result_is_a_new_file_with_its_account(mlp: Path, workshop: Workshop):
     assert finding.sqnr_db == 200
     assert finding.ops_before == finding.ops_after == {"MatMul": 2, "Add": 1, "Relu": 1}
     assert finding.seconds > 0
+    assert finding.sha256 == digest_of(Path(finding.model))
+    assert not finding.cached
 
 
 def test_pass_without_effect_keeps_its_input(mlp: Path, workshop: Workshop):
     finding = run(Nothing(), mlp, workshop)
-    assert (finding.failure, finding.changed, finding.model) == ("", False, str(mlp))
+    assert (finding.failure, finding.changed, finding.model, finding.sha256) == ("", False, "", "")
     assert finding.note == "nothing to do"
 
 
@@ -206,7 +233,7 @@ def test_pass_without_effect_keeps_its_input(mlp: Path, workshop: Workshop):
 def test_failure_is_a_refusal_that_keeps_the_input(step: Step, reason: str, mlp: Path, workshop: Workshop):
     finding = run(step, mlp, workshop)
     assert reason in finding.failure
-    assert finding.model == str(mlp)
+    assert (finding.model, finding.sha256) == ("", "")
 
 
 def test_lossy_result_near_the_original_is_taken_with_its_distance(mlp: Path, workshop: Workshop):
@@ -217,5 +244,46 @@ def test_lossy_result_near_the_original_is_taken_with_its_distance(mlp: Path, wo
 
 
 def test_pass_that_hangs_is_stopped(mlp: Path, workshop: Workshop):
-    short = Workshop(workshop.folder, workshop.context, workshop.probe, timeout_s=0.5)
+    short = replace(workshop, timeout_s=0.5)
     assert run(Hang(), mlp, short).failure == "stopped after 0.5 s without a result"
+
+
+def test_pass_that_eats_memory_is_stopped(mlp: Path, workshop: Workshop):
+    finding = run(Hoard(), mlp, replace(workshop, memory_bytes=700_000_000))
+    assert re.fullmatch(r"stopped at 0\.[7-9] GB of memory; allowed are 0\.7 GB", finding.failure)
+
+
+def test_same_job_is_answered_from_the_store(mlp: Path, workshop: Workshop):
+    first = run(Rename(), mlp, workshop)
+    again = run(Rename(), mlp, workshop)
+    assert again == replace(first, cached=True)
+    assert Path(again.model).is_file()
+
+
+def test_refusal_of_a_pass_is_kept_but_not_the_end_of_its_process(mlp: Path, workshop: Workshop):
+    for step, kept in ((Refuse(), True), (Crash(), False)):
+        assert [run(step, mlp, workshop).cached for _ in range(2)] == [False, kept]
+
+
+@pytest.mark.parametrize("change", ["model", "options", "inputs", "tools", "seed"])
+def test_another_job_is_not_answered_from_the_store(change: str, mlp: Path, workshop: Workshop):
+    run(Rename(), mlp, workshop)
+    form, shop = form_of(mlp), workshop
+    if change == "model":
+        form = replace(form, sha256="other")
+    elif change == "options":
+        form = replace(form, options=SessionOptions())
+    elif change == "inputs":
+        shop = replace(workshop, inputs="other")
+    else:
+        host = replace(workshop.context.host, tools={"onnx": "0"})
+        changed = {"tools": {"host": host}, "seed": {"seed": 1}}[change]
+        shop = replace(workshop, context=replace(workshop.context, **changed))
+    assert not run_isolated(Rename(), form, shop).cached
+
+
+def test_result_for_another_host_counts_only_if_the_pass_does_not_look_at_the_host(mlp: Path, workshop: Workshop):
+    elsewhere = replace(workshop, context=replace(workshop.context, host=replace(workshop.context.host, cpu="other")))
+    for step, counts in ((Rename(), True), (Calibrated(), False)):
+        run(step, mlp, workshop)
+        assert run(step, mlp, elsewhere).cached is counts

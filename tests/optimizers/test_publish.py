@@ -5,9 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from optimizers.building import SERVING, Built
+from optimizers.asking import golden_of
+from optimizers.building import Built
 from optimizers.evidence import HeldOut
-from optimizers.publish import golden_of, move_into_place, write_golden, write_variants
+from optimizers.isolation import SERVING, Form
+from optimizers.publish import move_into_place, write_golden, write_variants
 from optimizers.trial import Chosen
 from server.artifact import Golden, LatencyTable, digest_of, read_golden
 from server.errors import ArtifactError
@@ -24,7 +26,7 @@ def golden_for(model: Path) -> Golden:
 
 
 def chosen(model: Path) -> Chosen:
-    return Chosen("fp32", Built("fp32", "fp32", "cpu", True, model), SERVING, None, TABLE)
+    return Chosen("fp32", Built("fp32", "fp32", "cpu", True, Form(model, digest_of(model))), SERVING, None, TABLE)
 
 
 def test_golden_takes_a_few_samples_as_one_request():

@@ -6,10 +6,14 @@ import pytest
 from onnx import helper, numpy_helper
 
 from optimizers.errors import PassFailed
-from optimizers.graph import op_counts, opset_of, signature_of
+from optimizers.graph import graphs_of, op_counts, opset_of, signature_of
+from optimizers.passes import Pass
 from optimizers.passes.check import answers, require_equivalent
+from optimizers.passes.fold import Fold
+from optimizers.passes.fusion import Fuse, OrtBasic
 from optimizers.passes.opset import RaiseOpset
 from optimizers.passes.sanitize import Sanitize
+from optimizers.passes.simplify import Simplify
 from tests.models import save_cnn, save_mlp, save_sequence, save_strings
 from tests.optimizers.graphs import NODE, context_of, model_of, normal
 
@@ -124,6 +128,19 @@ def test_an_operator_that_cannot_be_raised_is_a_refusal(tmp_path: Path) -> None:
         RaiseOpset().run(model, context_of(tmp_path))
 
 
+def test_a_newer_opset_is_chosen_where_it_is_asked_for(tmp_path: Path) -> None:
+    nodes = [NODE("ReduceMean", ["x"], ["m"], axes=[1], keepdims=1), NODE("Sub", ["x", "m"], ["y"])]
+    model = model_of(nodes, {"x": ["rows", 4]}, {"y": ["rows", 4]}, opset=17)
+    step = RaiseOpset(oldest=20, target=20)
+    result = step.run(model, context_of(tmp_path))
+    assert opset_of(result.model) == 20
+    assert signature_of(result.model) == signature_of(model)
+    assert result.counts == {"opset_from": 17, "opset_to": 20}
+    assert result.model.ir_version == 9
+    assert (step.spec.name, RaiseOpset().spec.name) == ("opset-20", "opset")
+    require_equivalent(model, result, "exact", [{"x": normal(2, 4)}], tmp_path)
+
+
 def test_models_without_standard_operators_have_no_opset_to_raise(tmp_path: Path) -> None:
     model = untidy()
     del model.opset_import[:]
@@ -137,3 +154,134 @@ def test_answers_come_from_the_file_as_it_is_written(tmp_path: Path) -> None:
     seen = answers(model, [{"x": x}], tmp_path)[0]["y"]
     w = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     np.testing.assert_allclose(seen, np.maximum(x @ w["w1"] + w["b1"], 0) @ w["w2"], rtol=1e-4, atol=1e-5)
+
+
+def with_branches() -> onnx.ModelProto:
+    """An If whose branches have constants of the same name, and a Loop that adds a constant three times."""
+    value = numpy_helper.from_array(normal(4, seed=3), "value")
+    branches = [
+        helper.make_graph(
+            [NODE("Constant", [], ["k"], value=value), NODE(op_type, ["h", "k"], [f"of_{op_type}"])],
+            op_type,
+            [],
+            [helper.make_tensor_value_info(f"of_{op_type}", onnx.TensorProto.FLOAT, [None, 4])],
+        )
+        for op_type in ("Add", "Mul")
+    ]
+    body = helper.make_graph(
+        [
+            NODE("Constant", [], ["k"], value=value),
+            NODE("Add", ["carried", "k"], ["next"]),
+            NODE("Identity", ["going"], ["still"]),
+        ],
+        "body",
+        [
+            helper.make_tensor_value_info("step", onnx.TensorProto.INT64, []),
+            helper.make_tensor_value_info("going", onnx.TensorProto.BOOL, []),
+            helper.make_tensor_value_info("carried", onnx.TensorProto.FLOAT, [None, 4]),
+        ],
+        [
+            helper.make_tensor_value_info("still", onnx.TensorProto.BOOL, []),
+            helper.make_tensor_value_info("next", onnx.TensorProto.FLOAT, [None, 4]),
+        ],
+    )
+    nodes = [
+        NODE("Constant", [], ["w"], value=numpy_helper.from_array(normal(4, 4), "w")),
+        NODE("MatMul", ["x", "w"], ["h"]),
+        NODE("ReduceSum", ["x"], ["sum"], keepdims=0),
+        NODE("Greater", ["sum", "zero"], ["positive"]),
+        NODE("If", ["positive"], ["chosen"], then_branch=branches[0], else_branch=branches[1]),
+        NODE("Loop", ["three", "", "chosen"], ["y"], body=body),
+    ]
+    weights = {"zero": np.array(0, np.float32), "three": np.array(3)}
+    return model_of(nodes, {"x": ["rows", 4]}, {"y": ["rows", 4]}, weights)
+
+
+@pytest.mark.parametrize("step", [Sanitize(), Fold(), Simplify(), Fuse(), OrtBasic()], ids=lambda step: step.spec.name)
+def test_models_with_subgraphs_keep_their_answers(tmp_path: Path, step: Pass) -> None:
+    model = with_branches()
+    before = model.SerializeToString()
+    result = step.run(model, context_of(tmp_path))
+    assert model.SerializeToString() == before
+    x = np.abs(normal(2, 4, seed=1))
+    require_equivalent(model, result, "tolerance", [{"x": x}, {"x": -x}], tmp_path)
+
+
+def test_constants_in_subgraphs_are_lifted_and_no_name_hides_another(tmp_path: Path) -> None:
+    model = with_branches()
+    for part in list(graphs_of(model))[1:]:
+        next(node for node in part.node if node.op_type in ("Add", "Mul")).output[0] = "h2"
+        part.output[-1].name = "h2"
+    result = Sanitize().run(model, context_of(tmp_path))
+    main, *inner = graphs_of(result.model)
+    for part in inner:
+        assert not names_made_in(main) & names_made_in(part)
+        assert [node.op_type for node in part.node if node.op_type == "Constant"] == []
+        assert len(part.initializer) == 1
+    for part in (main, *inner):
+        assert all(node.name for node in part.node)
+        assert len({node.name for node in part.node}) == len(part.node)
+    assert result.counts["constants_lifted"] == 4
+
+
+def names_made_in(graph: onnx.GraphProto) -> set[str]:
+    names = [*(tensor.name for tensor in graph.initializer), *(name for node in graph.node for name in node.output)]
+    assert len(set(names)) == len(names)
+    return set(names)
+
+
+def test_nodes_of_the_same_name_are_told_apart(tmp_path: Path) -> None:
+    nodes = [NODE("Relu", ["x"], ["h"], name="same"), NODE("Relu", ["h"], ["y"], name="same")]
+    result = Sanitize().run(model_of(nodes, {"x": [2]}, {"y": [2]}), context_of(tmp_path))
+    names = [node.name for node in result.model.graph.node]
+    assert len(set(names)) == 2
+    assert names[0] == "same"
+
+
+def with_function() -> onnx.ModelProto:
+    """A local function with a constant inside, called twice."""
+    opsets = [helper.make_opsetid("", 17)]
+    inside = [
+        NODE("Constant", [], ["k"], value=numpy_helper.from_array(normal(4, seed=1), "k")),
+        NODE("Mul", ["a", "k"], ["m"]),
+        NODE("Add", ["m", "k"], ["b"]),
+    ]
+    nodes = [NODE("Affine", ["x"], ["h"], domain="own"), NODE("Affine", ["h"], ["y"], domain="own")]
+    model = model_of(nodes, {"x": ["rows", 4]}, {"y": ["rows", 4]})
+    model.functions.append(helper.make_function("own", "Affine", ["a"], ["b"], inside, opsets))
+    model.opset_import.append(helper.make_opsetid("own", 1))
+    return model
+
+
+def test_local_functions_are_inlined(tmp_path: Path) -> None:
+    model = with_function()
+    result = Sanitize().run(model, context_of(tmp_path))
+    assert op_counts(result.model) == {"Add": 2, "Mul": 2}
+    assert not result.model.functions
+    assert [entry.domain for entry in result.model.opset_import] == [""]
+    assert result.counts["functions_inlined"] == 1
+    require_equivalent(model, result, "exact", [{"x": normal(3, 4, seed=2)}], tmp_path)
+
+
+def quantized() -> onnx.ModelProto:
+    """A model that already is INT8: weights and activations pass through QuantizeLinear and DequantizeLinear."""
+    nodes = [
+        NODE("QuantizeLinear", ["x", "s", "z"], ["xq"]),
+        NODE("DequantizeLinear", ["xq", "s", "z"], ["xd"]),
+        NODE("DequantizeLinear", ["wq", "s", "z"], ["wd"]),
+        NODE("MatMul", ["xd", "wd"], ["m"]),
+        NODE("Add", ["m", "b"], ["y"]),
+    ]
+    integers = np.random.default_rng(0).integers(-127, 128, (8, 6)).astype(np.int8)
+    weights = {"s": np.float32(0.02), "z": np.int8(0), "wq": integers, "b": normal(6)}
+    arrays = {name: np.asarray(value) for name, value in weights.items()}
+    return model_of(nodes, {"x": ["rows", 8]}, {"y": ["rows", 6]}, arrays)
+
+
+@pytest.mark.parametrize("step", [Sanitize(), Fold(), Simplify(), Fuse()], ids=lambda step: step.spec.name)
+def test_models_that_already_are_quantized_stay_so(tmp_path: Path, step: Pass) -> None:
+    model = quantized()
+    result = step.run(model, context_of(tmp_path))
+    counts = op_counts(result.model)
+    assert (counts["QuantizeLinear"], counts["DequantizeLinear"], counts["MatMul"]) == (1, 2, 1)
+    require_equivalent(model, result, "tolerance", [{"x": normal(3, 8)}], tmp_path)

@@ -4,9 +4,21 @@ import numpy as np
 import pytest
 
 from optimizers.measurement import Comparison, Race, Sample
-from optimizers.search import Candidate, Gate, choose_threads, decide, deciding_rows, judge, speed_of
+from optimizers.pareto import Policy, Standing
+from optimizers.search import (
+    Candidate,
+    Gate,
+    Knobs,
+    choose_knobs,
+    decide,
+    deciding_rows,
+    in_words,
+    judge,
+    speed_of,
+)
 from server.artifact import Fidelity
 
+PLAIN = Candidate("plain", exact=True)
 GATE = Gate(min_agreement=0.99, max_accuracy_drop=0.01)
 
 
@@ -70,7 +82,7 @@ def test_nothing_is_proven_without_data():
 def test_exact_candidate_need_not_be_faster_but_not_slower():
     assert judge(Candidate("fp32", exact=True, fidelity=evidence()), GATE, [speed(1.0)]).kept
     slower = judge(Candidate("fp32", exact=True, fidelity=evidence()), GATE, [speed(0.8)])
-    assert slower.reason.startswith("slower than the untouched model: 0.80x")
+    assert slower.reason.startswith("slower than the best exact form so far: 0.80x")
 
 
 @pytest.mark.parametrize(
@@ -105,7 +117,7 @@ def test_fastest_faithful_candidate_comes_first_and_fp32_last():
             "int4": (1, 8),
         }
     )
-    decision = decide("plain", candidates, GATE, race)
+    decision = decide(PLAIN, candidates, GATE, race)
     assert decision.kept == ("int8-static", "int8-dynamic", "fp32")
     assert decision.verdicts["fp16"].reason.startswith("not faster")
     assert decision.verdicts["int4"].reason.startswith("agreement")
@@ -113,24 +125,104 @@ def test_fastest_faithful_candidate_comes_first_and_fp32_last():
 
 def test_lossy_candidates_must_beat_the_best_exact_form_not_the_untouched_one():
     candidates = [Candidate("int8", fidelity=evidence()), Candidate("fp32", exact=True, fidelity=evidence())]
-    decision = decide("plain", candidates, GATE, race_of({"plain": (10, 80), "fp32": (5, 40), "int8": (6, 48)}))
+    decision = decide(PLAIN, candidates, GATE, race_of({"plain": (10, 80), "fp32": (5, 40), "int8": (6, 48)}))
     assert decision.kept == ("fp32",)
     assert "0.83x" in decision.verdicts["int8"].reason
 
 
 def test_untouched_model_is_served_when_fusion_made_it_slower_or_wrong():
     race = race_of({"plain": (10, 80), "fp32": (15, 90)})
-    slower = decide("plain", [Candidate("fp32", exact=True, fidelity=evidence())], GATE, race)
+    slower = decide(PLAIN, [Candidate("fp32", exact=True, fidelity=evidence())], GATE, race)
     assert slower.kept == ("plain",)
-    wrong = decide("plain", [Candidate("fp32", exact=True, failure="NaN")], GATE, race)
+    wrong = decide(PLAIN, [Candidate("fp32", exact=True, failure="NaN")], GATE, race)
     assert wrong.kept == ("plain",)
 
 
+MORE = Knobs(threads=4)
+
+
 def test_more_threads_are_taken_only_when_faster_for_little_more_work():
-    assert choose_threads("fp32", 4, [speed(1.8, cpu=1.1)]).threads == 4
-    costly = choose_threads("fp32", 4, [speed(1.8, cpu=1.1), speed(1.8, 8, cpu=1.6)])
-    assert costly.threads == 1
+    assert choose_knobs("fp32", Knobs(), {MORE: [speed(1.8, cpu=1.1)]}).knobs == MORE
+    costly = choose_knobs("fp32", Knobs(), {MORE: [speed(1.8, cpu=1.1), speed(1.8, 8, cpu=1.6)]})
+    assert costly.knobs == Knobs()
     assert "1.60x of the CPU time per row, more than 1.25x" in costly.reason
-    assert choose_threads("fp32", 4, [speed(1.0)]).threads == 1
-    assert choose_threads("fp32", 4, [speed(1.8), speed(0.7, 8)]).threads == 1
-    assert choose_threads("fp32", 1, []).reason == "one usable core"
+    assert choose_knobs("fp32", Knobs(), {MORE: [speed(1.0)]}).knobs == Knobs()
+    assert choose_knobs("fp32", Knobs(), {MORE: [speed(1.8), speed(0.7, 8)]}).knobs == Knobs()
+    assert choose_knobs("fp32", Knobs(), {}).reason == "1 thread: nothing else was measured"
+
+
+def test_the_fastest_of_the_affordable_settings_is_taken():
+    basic = Knobs(graph_level="basic")
+    choice = choose_knobs(
+        "fp32", Knobs(), {MORE: [speed(1.9, cpu=2.0)], basic: [speed(1.2)], Knobs(4, True): [speed(1.1)]}
+    )
+    assert choice.knobs == basic
+    assert choice.reason.startswith("1 thread, graph level basic chosen; 4 threads: 1.90x")
+
+
+def test_nobody_is_worse_off_than_with_the_defaults_of_onnxruntime():
+    spinning = Knobs(4, spinning=True)
+    tried = {MORE: [speed(1.5, cpu=1.2)], spinning: [speed(1.7, cpu=2.0)]}
+    against = {Knobs(): [speed(0.6)], MORE: [speed(0.9)], spinning: [speed(1.0)]}
+    choice = choose_knobs("fp32", Knobs(), tried, against)
+    assert choice.knobs == spinning
+    assert "since 4 threads is 0.90x (0.87-0.93) at batch 1 of the original" in choice.reason
+    fast_enough = against | {MORE: [speed(1.0)]}
+    assert choose_knobs("fp32", Knobs(), tried, fast_enough).knobs == MORE
+
+
+def placed(name: str, p99_ms: float, size_bytes: int = 100, agreement: float = 1.0, rate: float = 100.0) -> Standing:
+    return Standing(name, p99_ms, rate, 8, size_bytes, agreement, size_bytes)
+
+
+def test_wanted_p99_refuses_what_is_too_slow_and_leaves_the_exact_form():
+    race = race_of({"plain": (10, 80), "int8": (6, 50)})
+    candidates = [Candidate("int8", fidelity=evidence(), standing=placed("int8", 7.0))]
+    decision = decide(PLAIN, candidates, GATE, race, Policy(slo_ms=5.0))
+    assert decision.verdicts["int8"].reason == "p99 of one row is 7.00 ms; wanted are 5 ms"
+    assert decision.kept == ("plain",)
+    assert decide(PLAIN, candidates, GATE, race, Policy(slo_ms=8.0)).kept == ("int8", "plain")
+
+
+def test_smallest_is_chosen_for_size_even_when_it_is_slower():
+    race = race_of({"plain": (10, 80), "int8": (6, 50), "int4": (12, 95)})
+    candidates = [
+        Candidate("int8", fidelity=evidence(), standing=placed("int8", 6, 25)),
+        Candidate("int4", fidelity=evidence(), standing=placed("int4", 12, 14)),
+    ]
+    plain = Candidate("plain", exact=True, standing=placed("plain", 10, 100))
+    decision = decide(plain, candidates, GATE, race, Policy("size"))
+    assert decision.kept[0] == "int4"
+    assert "7.14x better in size" in decision.verdicts["int4"].reason
+    assert decide(plain, candidates, GATE, race, Policy("latency")).kept[0] == "int8"
+
+
+def test_proven_candidate_that_adds_nothing_is_not_served():
+    race = race_of({"plain": (10, 80), "best": (5, 40), "also": (6, 50)})
+    candidates = [
+        Candidate("best", fidelity=evidence(), standing=placed("best", 5, 25, 0.999, 200)),
+        Candidate("also", fidelity=evidence(), standing=placed("also", 6, 30, 0.995, 160)),
+    ]
+    plain = Candidate("plain", exact=True, standing=placed("plain", 10, 100))
+    decision = decide(plain, candidates, GATE, race)
+    assert decision.kept == ("best", "plain")
+    assert decision.verdicts["also"].proven
+    assert decision.verdicts["also"].reason.startswith("another one is at least as good in everything; faithful")
+    assert decision.pareto == ("plain", "best")
+
+
+def test_build_for_this_cpu_must_beat_the_portable_form_and_never_is_the_last_resort():
+    bound = Candidate("host", exact=True, host_bound=True, fidelity=evidence())
+    fp32 = Candidate("fp32", exact=True, fidelity=evidence())
+    faster = decide(PLAIN, [bound, fp32], GATE, race_of({"plain": (10, 80), "fp32": (10, 80), "host": (8, 60)}))
+    assert faster.kept == ("host", "fp32")
+    same = decide(PLAIN, [bound, fp32], GATE, race_of({"plain": (10, 80), "fp32": (10, 80), "host": (9.8, 79)}))
+    assert same.kept == ("fp32",)
+    assert "not 5 % faster than the portable form" in same.verdicts["host"].reason
+
+
+def test_policy_is_said_in_words():
+    text = in_words(Policy("throughput", 20))
+    assert text.startswith(
+        "the one with the most rows per second of the faithful candidates whose p99 at one row is at"
+    )

@@ -44,6 +44,7 @@ def test_a_lean_model_is_returned_as_it_is(tmp_path: Path) -> None:
     model = onnx.load(save_mlp(tmp_path / "model.onnx"))
     result = Simplify().run(model, context_of(tmp_path))
     assert not result.changed
+    assert result.model is model
     assert result.note == "nothing to simplify"
 
 
@@ -55,9 +56,43 @@ def test_the_input_model_stays_as_it_is(tmp_path: Path) -> None:
 
 
 def test_a_tool_that_gives_nothing_back_is_a_refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onnxslim, "slim", lambda model: None)
+    monkeypatch.setattr(onnxslim, "slim", lambda model, **_: None)
     with pytest.raises(PassFailed, match="onnxslim gave no model"):
         Simplify().run(wasteful(), context_of(tmp_path))
+
+
+def test_patterns_that_raise_are_left_out_the_second_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+    slim = onnxslim.slim
+
+    def fails_at_first(model: onnx.ModelProto, skip_optimizations: list[str]) -> onnx.ModelProto:
+        asked.append(skip_optimizations)
+        if not skip_optimizations:
+            raise KeyError("a pattern")
+        return slim(model, skip_optimizations=skip_optimizations)
+
+    monkeypatch.setattr(onnxslim, "slim", fails_at_first)
+    model = wasteful()
+    result = Simplify().run(model, context_of(tmp_path))
+    assert asked == [[], ["graph_fusion", "weight_tying"]]
+    assert result.note == "without onnxslim's patterns: onnxslim raises KeyError: 'a pattern'"
+    require_equivalent(model, result, "exact", [{"x": normal(3, 4)}], tmp_path)
+
+
+def test_a_result_that_is_not_valid_is_a_refusal_after_the_second_attempt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempts: list[int] = []
+
+    def breaks(model: onnx.ModelProto, **_: object) -> onnx.ModelProto:
+        attempts.append(1)
+        model.graph.node[0].input[0] = "missing"
+        return model
+
+    monkeypatch.setattr(onnxslim, "slim", breaks)
+    with pytest.raises(PassFailed, match=r"result is not valid: .*; without its patterns: .* is not valid"):
+        Simplify().run(wasteful(), context_of(tmp_path))
+    assert len(attempts) == 2
 
 
 def test_invented_axis_names_are_taken_back_everywhere() -> None:

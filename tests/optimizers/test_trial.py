@@ -1,19 +1,29 @@
 """The trial on real sessions: who is opened, compared and raced, and what follows for the artifact."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+from msgspec.structs import replace
 
 from optimizers.building import Built
-from optimizers.evidence import HeldOut, prove_batching, run_singly
-from optimizers.search import Gate
-from optimizers.trial import UNTOUCHED, Outcome, TrialPlan, headline, run_trial
-from server.artifact import SessionOptions
+from optimizers.evidence import HeldOut, run_singly
+from optimizers.exam import Exam
+from optimizers.explore import Appraisal
+from optimizers.isolation import SERVING, Form
+from optimizers.pareto import Policy
+from optimizers.racing import Track
+from optimizers.search import Gate, Knobs
+from optimizers.store import Store
+from optimizers.trial import UNTOUCHED, Outcome, Trial, TrialPlan, alternatives, headline
+from server.artifact import SessionOptions, digest_of
 from server.errors import StartupError
 from server.providers import CPU
 from server.session import Session
+
+PLAN = TrialPlan(Gate(0.9, 0.01), Policy(), 1, 0.1, 0)
 
 
 def scaled(model: Path, factor: float, path: Path) -> Path:
@@ -26,90 +36,130 @@ def scaled(model: Path, factor: float, path: Path) -> Path:
     return path
 
 
-def held_out_of(model: Path) -> tuple[HeldOut, Session]:
-    rng = np.random.default_rng(0)
-    singles = tuple({"x": rng.standard_normal((1, 64)).astype(np.float32)} for _ in range(40))
-    session = Session(model, CPU, SessionOptions())
-    return HeldOut(singles, run_singly(session, singles), "top1"), session
+class Field:
+    """A track and an exam on one model."""
+
+    def __init__(self, model: Path, folder: Path) -> None:
+        rng = np.random.default_rng(0)
+        singles = tuple({"x": rng.standard_normal((1, 64)).astype(np.float32)} for _ in range(40))
+        self.model, self.store = model, Store(folder / "store")
+        held_out = HeldOut(singles, run_singly(Session(model, CPU, SERVING), singles), "top1")
+        self.track = Track(model, singles, (1, 8), self.store, "host")
+        self.exam = Exam(held_out, "held-out", "samples", 8, 1, self.store, "host")
+
+    def run(self, *candidates: Built, plan: TrialPlan = PLAN, untouched: Path | None = None) -> Outcome:
+        original = Built(UNTOUCHED, "fp32", "cpu", exact=True, form=form_of(untouched or self.model))
+        appraised = [Appraisal(built, failure=built.failure) for built in candidates]
+        return Trial(original, appraised, self.exam, self.track, plan, lambda *_: None).run()
 
 
-def tried(model: Path, *candidates: Built, cores: int = 1) -> Outcome:
-    held_out, session = held_out_of(model)
-    batching = prove_batching(session, session.signature, held_out, 8)
-    plan = TrialPlan(model, Gate(0.9, 0.01), (1, 8), cores, 0.1, 0)
-    untouched = Built(UNTOUCHED, "fp32", "cpu", exact=True, model=model)
-    return run_trial([untouched, *candidates], held_out, batching, plan, lambda _stage, _share: None)
+@pytest.fixture
+def field(mlp: Path, tmp_path: Path) -> Iterator[Field]:
+    made = Field(mlp, tmp_path)
+    yield made
+    made.track.close()
+
+
+def form_of(model: Path) -> Form:
+    return Form(model, digest_of(model))
 
 
 def fused(model: Path) -> Built:
-    return Built("fp32", "fp32", "cpu", exact=True, model=model)
+    return Built("fp32", "fp32", "cpu", exact=True, form=form_of(model))
 
 
 def lossy(model: Path, failure: str = "") -> Built:
-    return Built("int8", "int8-dynamic", "cpu", exact=False, model=model, failure=failure)
+    return Built("int8", "int8-dynamic", "cpu", exact=False, form=form_of(model), failure=failure)
 
 
 def record_of(outcome: Outcome, name: str):
     return next(record for record in outcome.candidates if record.name == name)
 
 
-def test_candidate_that_decides_otherwise_is_measured_but_not_served(mlp: Path, tmp_path: Path):
-    outcome = tried(mlp, fused(mlp), lossy(scaled(mlp, -1, tmp_path / "bad.onnx")))
+def test_candidate_that_decides_otherwise_is_measured_but_not_served(field: Field, tmp_path: Path):
+    outcome = field.run(fused(field.model), lossy(scaled(field.model, -1, tmp_path / "bad.onnx")))
     record = record_of(outcome, "int8")
     assert record.verdict == "refused"
     assert record.reason.startswith("agreement 0.")
+    assert "of exact FP32" in record.reason
     assert record.latency is not None
     assert [choice.name for choice in outcome.chosen] == ["fp32"]
 
 
-def test_candidate_that_was_not_built_keeps_its_reason(mlp: Path):
-    record = record_of(tried(mlp, fused(mlp), lossy(mlp, failure="no weights to quantize")), "int8")
+def test_candidate_that_was_not_built_keeps_its_reason(field: Field):
+    record = record_of(field.run(fused(field.model), lossy(field.model, failure="no weights to quantize")), "int8")
     assert (record.verdict, record.reason, record.latency) == ("refused", "no weights to quantize", None)
 
 
-def test_candidate_that_does_not_open_is_refused(mlp: Path, tmp_path: Path):
+def test_candidate_that_does_not_open_is_refused(field: Field, tmp_path: Path):
     (tmp_path / "bad.onnx").write_bytes(b"not a model")
-    record = record_of(tried(mlp, fused(mlp), lossy(tmp_path / "bad.onnx")), "int8")
+    record = record_of(field.run(fused(field.model), lossy(tmp_path / "bad.onnx", failure="")), "int8")
     assert record.reason.startswith("does not run:")
 
 
-def test_candidate_that_gives_nan_is_refused(mlp: Path, tmp_path: Path):
-    record = record_of(tried(mlp, fused(mlp), lossy(scaled(mlp, float("nan"), tmp_path / "nan.onnx"))), "int8")
-    assert "NaN" in record.reason
+def test_candidate_that_gives_nan_is_refused(field: Field, tmp_path: Path):
+    broken = lossy(scaled(field.model, float("nan"), tmp_path / "nan.onnx"))
+    assert "NaN" in record_of(field.run(fused(field.model), broken), "int8").reason
 
 
-def test_original_serves_as_fp32_when_the_fused_form_is_wrong(mlp: Path, tmp_path: Path):
-    outcome = tried(mlp, fused(scaled(mlp, -1, tmp_path / "bad.onnx")))
-    assert [(choice.name, choice.built.model) for choice in outcome.chosen] == [("fp32", mlp)]
+def test_original_serves_as_fp32_when_the_fused_form_is_wrong(field: Field, tmp_path: Path):
+    outcome = field.run(fused(scaled(field.model, -1, tmp_path / "bad.onnx")))
+    assert [(choice.name, choice.built.model) for choice in outcome.chosen] == [("fp32", field.model)]
     assert record_of(outcome, UNTOUCHED).verdict == "served"
     assert record_of(outcome, "fp32").verdict == "refused"
 
 
-def test_served_variants_are_measured_with_one_thread_and_with_all_cores(mlp: Path):
-    outcome = tried(mlp, fused(mlp), cores=2)
-    name = outcome.chosen[0].name
-    assert [(s.variant, s.threads) for s in outcome.served] == [("original", 0), (name, 1), (name, 2)]
-    assert sum(s.chosen for s in outcome.served if s.variant == name) == 1
-    (choice,) = outcome.threads
-    assert outcome.chosen[0].options.intra_op_threads == choice.threads
-    assert "CPU time per row" in choice.reason
+def test_small_candidate_is_served_for_size(field: Field):
+    smaller = lossy(field.model)
+    outcome = field.run(fused(field.model), smaller, plan=replace(PLAN, policy=Policy("size")))
+    assert record_of(outcome, "int8").reason.startswith("not better in size enough than exact FP32: 1.00x on average")
+    assert outcome.policy.startswith("the smallest of the faithful candidates")
 
 
-def test_one_core_leaves_no_choice_of_threads(mlp: Path):
-    (choice,) = tried(mlp, fused(mlp)).threads
-    assert (choice.threads, choice.reason) == (1, "one usable core")
+def test_everyone_that_raced_has_a_standing_with_memory(field: Field):
+    outcome = field.run(fused(field.model))
+    for name in (UNTOUCHED, "fp32"):
+        standing = record_of(outcome, name).standing
+        assert standing is not None
+        assert standing.memory_bytes is not None
+        assert standing.rows_per_s > 0
+        assert record_of(outcome, name).placement["CPUExecutionProvider"]["MatMul"] >= 1
 
 
-def test_headline_names_the_variant_and_the_baseline(mlp: Path):
-    text = headline(tried(mlp, fused(mlp)))
+def test_other_settings_are_tried_and_the_choice_is_served(field: Field):
+    outcome = field.run(fused(field.model), plan=replace(PLAN, cores=2))
+    (choice,) = outcome.knobs
+    for tried in ("2 threads", "2 threads, spinning", "1 thread, graph level basic"):
+        assert f"{tried}: " in choice.reason
+    served = outcome.chosen[0]
+    assert served.options.intra_op_threads == choice.knobs.threads
+    assert served.options.graph_level == choice.knobs.graph_level
+    assert [record.variant for record in outcome.served] == ["original", served.name]
+
+
+def test_build_for_this_cpu_keeps_its_graph_level(mlp: Path):
+    form = replace(form_of(mlp), options=SessionOptions(graph_level="disable"))
+    bound = Built("host", "fp32", "cpu", exact=True, form=form, host_bound=True)
+    assert {knobs.graph_level for knobs in alternatives(bound, 2)} == {"disable"}
+    assert alternatives(replace(bound, provider="cuda"), 2) == []
+    assert Knobs(graph_level="basic") in alternatives(fused(mlp), 1)
+
+
+def test_headline_names_the_variant_and_the_baseline(field: Field):
+    text = headline(field.run(fused(field.model)))
     assert text.startswith("fp32 is served")
     assert "onnxruntime's defaults" in text
 
 
-def test_original_that_does_not_open_ends_the_run(mlp: Path, tmp_path: Path):
-    held_out, session = held_out_of(mlp)
-    batching = prove_batching(session, session.signature, held_out, 8)
+def test_finished_fidelity_and_races_are_not_repeated(field: Field, monkeypatch: pytest.MonkeyPatch):
+    first = field.run(fused(field.model), lossy(field.model))
+    monkeypatch.setattr("optimizers.exam.fidelity_of", None)
+    monkeypatch.setattr("optimizers.racing.race", None)
+    again = field.run(fused(field.model), lossy(field.model))
+    assert [record.latency for record in again.candidates] == [record.latency for record in first.candidates]
+
+
+def test_original_that_does_not_open_ends_the_run(field: Field, tmp_path: Path):
     (tmp_path / "bad.onnx").write_bytes(b"not a model")
-    plan = TrialPlan(tmp_path / "bad.onnx", Gate(), (1,), 1, 0.1, 0)
     with pytest.raises(StartupError):
-        run_trial([Built(UNTOUCHED, "fp32", "cpu", True, mlp)], held_out, batching, plan, lambda *_: None)
+        field.run(untouched=tmp_path / "bad.onnx")

@@ -12,9 +12,12 @@ from server.artifact import (
     MANIFEST,
     PLAIN_MODEL,
     UNOPTIMIZED,
+    Fidelity,
     LatencyTable,
     Manifest,
+    Padding,
     SessionOptions,
+    Slice,
     is_complete,
     read_artifact,
     read_golden,
@@ -225,3 +228,50 @@ def test_inconsistent_table_makes_the_manifest_unreadable(folder: Path):
 def test_manifest_survives_a_round_trip(folder: Path):
     manifest = read_artifact(folder).manifest
     assert msgspec.json.decode(msgspec.json.encode(manifest), type=Manifest) == manifest
+
+
+def test_manifest_of_before_the_proofs_grew_still_reads(folder: Path):
+    """Only what the first manifests had; the rest is unknown, not zero."""
+    edit_manifest(folder)
+    raw = msgspec.json.decode((folder / MANIFEST).read_bytes())
+    raw.pop("padding", None)
+    raw["variants"][0]["fidelity"] = {
+        "samples": 512,
+        "agreement": 1.0,
+        "agreement_low": 0.99,
+        "decision": "top1",
+        "cosine": 1.0,
+        "cosine_worst": 0.9,
+        "sqnr_db": 40.0,
+    }
+    (folder / MANIFEST).write_bytes(msgspec.json.encode(raw))
+    manifest = read_artifact(folder).manifest
+    found = manifest.variants[0].fidelity
+    assert manifest.padding is None
+    assert (found.top5_agreement, found.kl, found.worst_slice, found.cosine_low) == (None, None, None, None)
+    assert (found.sqnr_by_output, found.accuracy_drop_high) == ({}, None)
+
+
+def test_proofs_survive_a_round_trip(folder: Path):
+    fidelity = Fidelity(
+        64,
+        1.0,
+        0.94,
+        "tokens",
+        1.0,
+        0.9,
+        40.0,
+        0.9,
+        0.91,
+        None,
+        0.01,
+        {"y": 40.0},
+        Slice("class 3", 16, 0.9, 0.7),
+        0.99,
+    )
+    padding = Padding(True, "proven", {"ids": 1}, {"y": 1})
+    variants = read_artifact(folder).variants
+    edit_manifest(folder, variants=(msgspec.structs.replace(variants[0], fidelity=fidelity),), padding=padding)
+    manifest = read_artifact(folder).manifest
+    assert manifest.variants[0].fidelity == fidelity
+    assert manifest.padding == padding

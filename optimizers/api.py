@@ -1,0 +1,105 @@
+"""The optimizer as a function, for notebooks and pipelines: arrays or files in, typed evidence out."""
+
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from optimizers import pipeline
+from optimizers.calibration import LABELS_KEY
+from optimizers.recipe import Recipe
+from optimizers.report import CandidateRecord, Report, read_report
+from optimizers.request import OptimizeRequest
+from server.artifact import Artifact, Variant
+from server.tensors import Array
+
+
+class Result(msgspec.Struct, frozen=True):
+    """What a run made, and everything that it found out.
+
+    Attributes:
+        artifact: The folder and its manifest.
+        report: As in ``report.json``.
+    """
+
+    artifact: Artifact
+    report: Report
+
+    @property
+    def chosen(self) -> Variant:
+        """The variant that is served first."""
+        return self.artifact.variants[0]
+
+    @property
+    def candidates(self) -> dict[str, CandidateRecord]:
+        """Every candidate with its evidence and its verdict, by name."""
+        return {record.name: record for record in self.report.candidates}
+
+
+class Task(msgspec.Struct, frozen=True, kw_only=True):
+    """What to optimize and where to put it.
+
+    Attributes:
+        model: The ONNX file.
+        repository: Folder of models; created when missing.
+        name: Name to serve under.
+        calibration: DATA.npz, or input name -> array with axis 0 = samples; without it only exact variants are made.
+        labels: LABELS.npz, or one integer per sample.
+        evaluator: ``module:function`` that judges outputs.
+        recipe: What to build and what to require.
+        time_budget_s: Seconds after which no further candidate is tried.
+    """
+
+    model: Path | str
+    repository: Path | str
+    name: str
+    calibration: Path | str | Mapping[str, Array] | None = None
+    labels: Path | str | Array | None = None
+    evaluator: str = ""
+    recipe: Recipe = Recipe()
+    time_budget_s: float = 300.0
+
+
+def optimize(task: Task, observe: Callable[[str, float], None] = lambda _stage, _share: None) -> Result:
+    """Optimize a model, prove every variant against it on this host, and write a servable artifact.
+
+    Blocks for seconds to minutes. The same task twice does nothing the second time.
+
+    Args:
+        task: What to optimize.
+        observe: Called with the current stage and the share that is done, 0 to 1.
+
+    Raises:
+        OptimizerError: If the model, the data, the recipe or the evaluator cannot be used.
+        SlipstreamError: If the original itself cannot be opened or fails on the samples.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        request = OptimizeRequest(
+            model=Path(task.model),
+            repository=Path(task.repository),
+            name=task.name,
+            calibration=_data(task.calibration, Path(folder)),
+            labels=_labels(task.labels, Path(folder)),
+            evaluator=task.evaluator,
+            recipe=task.recipe,
+            time_budget_s=task.time_budget_s,
+            command="optimizers.optimize(...)",
+        )
+        artifact = pipeline.optimize(request, observe)
+    return Result(artifact, read_report(artifact.folder))
+
+
+def _data(given: Path | str | Mapping[str, Array] | None, folder: Path) -> Path | None:
+    if given is None or isinstance(given, (Path, str)):
+        return None if given is None else Path(given)
+    np.savez(folder / "data.npz", allow_pickle=False, **dict(given))
+    return folder / "data.npz"
+
+
+def _labels(given: Path | str | Array | None, folder: Path) -> Path | None:
+    if given is None or isinstance(given, (Path, str)):
+        return None if given is None else Path(given)
+    np.savez(folder / "labels.npz", allow_pickle=False, **{LABELS_KEY: np.asarray(given)})
+    return folder / "labels.npz"

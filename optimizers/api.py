@@ -9,8 +9,10 @@ import numpy as np
 
 from optimizers import pipeline
 from optimizers.calibration import LABELS_KEY
+from optimizers.errors import CalibrationError
 from optimizers.recipe import Recipe
-from optimizers.report import CandidateRecord, Report, read_report
+from optimizers.records import CandidateRecord, Report
+from optimizers.report import read_report
 from optimizers.request import OptimizeRequest
 from server.artifact import Artifact, Variant
 from server.tensors import Array
@@ -75,6 +77,8 @@ def optimize(task: Task, observe: Callable[[str, float], None] = lambda _stage, 
         OptimizerError: If the model, the data, the recipe or the evaluator cannot be used.
         SlipstreamError: If the original itself cannot be opened or fails on the samples.
     """
+    if task.labels is not None and task.calibration is None:
+        raise CalibrationError("labels were given without calibration; labels belong to samples")
     with tempfile.TemporaryDirectory() as folder:
         request = OptimizeRequest(
             model=Path(task.model),
@@ -94,12 +98,18 @@ def optimize(task: Task, observe: Callable[[str, float], None] = lambda _stage, 
 def _data(given: Path | str | Mapping[str, Array] | None, folder: Path) -> Path | None:
     if given is None or isinstance(given, (Path, str)):
         return None if given is None else Path(given)
-    np.savez(folder / "data.npz", allow_pickle=False, **dict(given))
-    return folder / "data.npz"
+    return _saved(folder / "data.npz", given)
 
 
 def _labels(given: Path | str | Array | None, folder: Path) -> Path | None:
     if given is None or isinstance(given, (Path, str)):
         return None if given is None else Path(given)
-    np.savez(folder / "labels.npz", allow_pickle=False, **{LABELS_KEY: np.asarray(given)})
-    return folder / "labels.npz"
+    return _saved(folder / "labels.npz", {LABELS_KEY: given})
+
+
+def _saved(path: Path, arrays: Mapping[str, Array]) -> Path:
+    try:
+        np.savez(path, allow_pickle=False, **arrays)
+    except ValueError as exc:
+        raise CalibrationError(f"cannot save {', '.join(arrays)}: {exc}; give arrays of numbers, or of text") from exc
+    return path

@@ -12,7 +12,7 @@ from optimizers.fidelity import decision_for
 from optimizers.isolation import SERVING, Form
 from optimizers.padding import prove_padding
 from optimizers.recipe import Recipe
-from optimizers.report import DataRecord
+from optimizers.records import DataRecord
 from optimizers.store import Store, key_of
 from server.artifact import Batching, Golden, Padding
 from server.host import HostFacts

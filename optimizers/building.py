@@ -14,7 +14,7 @@ import msgspec
 from optimizers.isolation import Finding, Form, Workshop, run_isolated
 from optimizers.passes import Pass
 from optimizers.passes.catalog import label_of, settings_of
-from optimizers.report import PassRecord, Speed
+from optimizers.records import PassRecord, Speed
 from server.artifact import SessionOptions
 from server.providers import Kind
 

@@ -105,7 +105,7 @@ def optimize(model: Path, recipe_file: Path | None, time_budget: float, *, as_js
     run goes on where it was. Every artifact holds recipe.toml, which makes the same variants again with --recipe.
 
     DATA.npz holds one array per model input, keyed by the input's name; the first axis counts the samples (128 for
-    calibration, 128 for the search and 512 held out make a good proof). LABELS.npz holds 'labels', one class per
+    calibration, 256 for the search and 512 held out make a good proof). LABELS.npz holds 'labels', one class per
     sample.
 
     \b

@@ -9,7 +9,7 @@ from pathlib import Path
 from optimizers.calibration import Samples
 from optimizers.engine import EngineBuild, build_engine
 from optimizers.errors import EngineBuildError
-from optimizers.report import EngineRecord
+from optimizers.records import EngineRecord
 from server.artifact import Profile
 
 

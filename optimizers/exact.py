@@ -8,7 +8,7 @@ from optimizers.measurement import Comparison, RacePlan
 from optimizers.passes import Pass
 from optimizers.passes.catalog import MUST_GAIN, PREPARING, label_of
 from optimizers.racing import Track
-from optimizers.report import Speed
+from optimizers.records import Speed
 from optimizers.search import deciding_rows, mean_speedup, speed_of
 from server.errors import SlipstreamError
 

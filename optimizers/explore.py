@@ -25,7 +25,7 @@ from optimizers.mixing import mix
 from optimizers.passes import Pass, PassContext
 from optimizers.passes.catalog import label_of
 from optimizers.racing import Track
-from optimizers.report import StepRecord
+from optimizers.records import StepRecord
 from optimizers.roots import Root
 from optimizers.search import LEAST_GAIN, Gate, deciding_rows, mean_speedup, unfaithful
 from optimizers.sensitivity import LayerSensitivity

@@ -58,18 +58,23 @@ def session_memory(model: Path, device: Device, options: SessionOptions, batch: 
 def main(job: str) -> None:
     """Measure, and print the bytes; the child's side of ``session_memory``."""
     work: _Job = pickle.loads(Path(job).read_bytes())  # noqa: S301  (our own file)
-    before = _private_bytes()
     try:
+        before = _private_bytes()
         session = Session(work.model, work.device, work.options)
         session.run(work.batch)
-    except SlipstreamError:
+        after = _private_bytes()
+    except (SlipstreamError, OSError):
         sys.exit(1)
-    sys.stdout.write(str(_private_bytes() - before))
+    sys.stdout.write(str(after - before))
 
 
 def _private_bytes() -> int:
-    """Return the anonymous memory of this process: what only it uses and no file backs."""
+    """Return the anonymous memory of this process: what only it uses and no file backs.
+
+    Raises:
+        OSError: If the system does not tell.
+    """
     for line in _SMAPS.read_text(encoding="ascii").splitlines():
         if line.startswith("Anonymous:"):
             return int(line.split()[1]) * 1024
-    return 0
+    raise OSError(f"{_SMAPS} does not tell the anonymous memory")

@@ -33,12 +33,12 @@ from optimizers.predictor import Experience, Features, add_experiences, features
 from optimizers.publish import Edition, move_into_place, publish
 from optimizers.racing import Track
 from optimizers.recipe import Compression, Precision, VariantPlan
-from optimizers.report import EngineRecord, mean_of
+from optimizers.records import UNTOUCHED, EngineRecord, mean_of
 from optimizers.request import Digests, OptimizeRequest, digests_of, find_existing, versions_in
 from optimizers.roots import roots_for
 from optimizers.search import Gate
 from optimizers.store import Store, sweep
-from optimizers.trial import UNTOUCHED, Outcome, Trial, TrialPlan
+from optimizers.trial import Outcome, Trial, TrialPlan
 from server.artifact import Artifact, read_artifact
 from server.errors import ArtifactError
 from server.host import HostFacts, available_memory_bytes, read_host

@@ -14,7 +14,8 @@ from optimizers.fidelity import promise
 from optimizers.graph import files_of
 from optimizers.passes.catalog import settings_of
 from optimizers.recipe import Recipe, VariantPlan, write_recipe
-from optimizers.report import DataRecord, EngineRecord, PassRecord, Report, write_report
+from optimizers.records import DataRecord, EngineRecord, PassRecord, Report
+from optimizers.report import write_report
 from optimizers.request import Digests, OptimizeRequest
 from optimizers.search import Gate
 from optimizers.store import key_of

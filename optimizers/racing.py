@@ -16,7 +16,7 @@ from optimizers.building import Built
 from optimizers.evidence import join
 from optimizers.graph import files_of
 from optimizers.measurement import Race, RacePlan, Sample, race
-from optimizers.report import ORIGINAL
+from optimizers.records import ORIGINAL
 from optimizers.search import Knobs
 from optimizers.store import Store, joint_digest, key_of
 from server.artifact import SessionOptions

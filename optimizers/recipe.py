@@ -11,7 +11,7 @@
     slo_ms = 20.0
     batch_rows = [1, 2, 4, 8, 16, 32]
     calibration_samples = 128
-    search_samples = 128
+    search_samples = 256
     holdout_samples = 512
     seed = 0
 
@@ -87,7 +87,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     slo_ms: float | None = None
     batch_rows: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
     calibration_samples: int = 128
-    search_samples: int = 128
+    search_samples: int = 256
     holdout_samples: int = 512
     seed: int = 0
     variants: tuple[VariantPlan, ...] = ()

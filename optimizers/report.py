@@ -195,5 +195,5 @@ def _share(value: float) -> str:
 def _change(before: Mapping[str, int], after: Mapping[str, int]) -> str:
     """List the operators whose count changed, e.g. ``Erf 6 -> 0``."""
     names = sorted(before.keys() | after.keys())
-    changed = [f"{n} {before.get(n, 0)} → {after.get(n, 0)}" for n in names if before.get(n, 0) != after.get(n, 0)]
+    changed = [f"{n} {before.get(n, 0)} \u2192 {after.get(n, 0)}" for n in names if before.get(n, 0) != after.get(n, 0)]
     return ", ".join(changed)

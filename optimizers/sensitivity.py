@@ -26,6 +26,7 @@ from server.artifact import Fidelity
 from server.golden import MOST_DB
 from server.tensors import Array, Tensors
 
+_WORST = 1e20  # JSON knows no infinity
 _MOST_GIVEN_BACK = 12
 
 
@@ -36,8 +37,8 @@ class LayerSensitivity(msgspec.Struct, frozen=True):
         node: Name of the node.
         op_type: Its operator.
         macs: Multiply-accumulates for one sample.
-        error: Error energy over signal energy of the worst output when only this layer is quantized; ``inf`` when the
-            outputs then cannot be compared.
+        error: Error energy over signal energy of the worst output when only this layer is quantized; 1e20 when
+            the outputs then cannot be compared.
         score: ``error`` for each share of the model's multiply-accumulates that the layer saves.
     """
 
@@ -194,7 +195,7 @@ class _Search:
 def _error(reference: Tensors, outputs: Tensors) -> float:
     sqnr_db = worst_sqnr_db(reference, outputs)
     if sqnr_db <= -MOST_DB:
-        return math.inf
+        return _WORST
     return 0.0 if sqnr_db >= MOST_DB else float(10 ** (-sqnr_db / 10))
 
 

@@ -1,8 +1,8 @@
 """The trial of the candidates: compare them with the original on held-out samples, race them, choose what is served.
 
-Three races, all beside the original with onnxruntime's defaults. In the first, a short one, whoever is clearly behind
-the best exact form leaves. In the second, all that are left run one thread at every batch size; it decides what is
-served.
+Three races, all beside the original with onnxruntime's defaults. In the first, a short one, lossy candidates that are
+slower than the best exact form leave. The others are compared on the held-out samples, which takes longest. In the
+second, all that are faithful run one thread at every batch size; it decides what is served.
 In the third, the served variants try other session settings; the numbers of the setting that they are served with go
 into the manifest.
 """
@@ -20,7 +20,7 @@ from optimizers.measurement import Comparison, Race, RacePlan
 from optimizers.memory import session_memory
 from optimizers.pareto import Policy, Standing, standing_of
 from optimizers.racing import Track, with_knobs
-from optimizers.report import ORIGINAL, CandidateRecord, ServedRecord, Speed
+from optimizers.records import ORIGINAL, UNTOUCHED, CandidateRecord, ServedRecord, Speed
 from optimizers.search import (
     Candidate,
     Decision,
@@ -31,17 +31,14 @@ from optimizers.search import (
     choose_knobs,
     decide,
     deciding_rows,
+    speed_of,
     unfaithful,
 )
 from server.artifact import Fidelity, LatencyTable, SessionOptions
 from server.errors import SlipstreamError
 from server.providers import CPU, Device
 
-UNTOUCHED = "original-1thread"
 FALLBACK = "fp32"
-_BEHIND = 0.9
-"""Speed-up over the best exact form below which a candidate leaves after the first race."""
-
 Observe = Callable[[str, float], None]
 """Called with the current stage and the share of the trial that is done, 0 to 1."""
 
@@ -121,8 +118,8 @@ class Trial:
             InferenceFailed: If the original itself fails.
         """
         self._open()
-        self._compare()
         self._qualify()
+        self._compare()
         race = self._race_all()
         decision = self._decide(race)
         choices, final = self._tune(decision.kept, race)
@@ -145,36 +142,42 @@ class Trial:
                     raise
                 self._failures[name] = f"does not run: {exc}"
 
-    def _compare(self) -> None:
-        """Compare with the original on the held-out samples; the unfaithful need no race."""
-        names = [name for name in self._alive if name != UNTOUCHED]
-        for done, name in enumerate(names):
-            self._observe(f"fidelity of {name}", 0.4 * done / len(names))
-            built = self._built[name]
-            try:
-                self._fidelity[name] = self._exam.fidelity(built, self._track.session(name))
-            except (PassFailed, SlipstreamError) as exc:
-                self._failures[name] = f"fails on held-out samples: {exc}"
-
     def _qualify(self) -> None:
-        """Let those leave that are clearly behind, or not faithful: their times are known well enough."""
+        """Let lossy candidates leave that are slower than the best exact form, unless speed is not what is wanted."""
         rows = deciding_rows(tuple(self._track.batches))
         names = self._alive
-        first = self._first = self._race([ORIGINAL, *names], rows, 0.25, "first race", 0.4)
+        self._first = self._race([ORIGINAL, *names], rows, 0.25, "first race", 0.0)
         if self._plan.policy.objective not in ("latency", "throughput"):
             return
-        exact = [name for name in names if self._built[name].exact]
         for name in names:
-            if self._built[name].exact:
+            against = self._against_exact(name)
+            if not self._built[name].exact and speed_of(against) == "slower":
+                self._failures[name] = f"slower than exact FP32: {', '.join(str(c) for c in against)}"
+
+    def _against_exact(self, name: str) -> tuple[Comparison, ...]:
+        """Compare a candidate with the fastest exact form of the first race."""
+        first = self._first
+        if first is None:
+            return ()
+        rows = deciding_rows(first.rows)
+        exact = [other for other in self._alive if self._built[other].exact and other != name]
+        best = min(exact or [UNTOUCHED], key=lambda other: sum(_ms(first, other, r) for r in rows))
+        return _against(first, name, best, rows)
+
+    def _compare(self) -> None:
+        """Compare with the original on the held-out samples; who is not faithful needs no further race."""
+        names = [name for name in self._alive if name != UNTOUCHED]
+        for done, name in enumerate(names):
+            self._observe(f"fidelity of {name}", 0.15 + 0.4 * done / len(names))
+            try:
+                self._fidelity[name] = self._exam.fidelity(self._built[name], self._track.session(name))
+            except (PassFailed, SlipstreamError) as exc:
+                self._failures[name] = f"fails on held-out samples: {exc}"
                 continue
-            best = min(exact, key=lambda e: sum(_ms(first, e, r) for r in rows))
-            ratios = [first.compare(name, best, r) for r in rows]
-            seen = ", ".join(str(c) for c in ratios)
             refusal = unfaithful(self._fidelity[name], self._plan.gate)
             if refusal:
+                seen = ", ".join(str(c) for c in self._against_exact(name))
                 self._failures[name] = f"{refusal}; {seen} of exact FP32"
-            elif all(c.high < _BEHIND for c in ratios):
-                self._failures[name] = f"slower than exact FP32: {seen}"
 
     def _race_all(self) -> Race:
         return self._race([ORIGINAL, *self._alive], tuple(self._track.batches), 0.4, "latency race", 0.55)

@@ -46,14 +46,16 @@ def sqnr_db(reference: Tensors, candidate: Tensors) -> float:
     Returns:
         A value from -200 to 200, where 200 means no difference. -200 if the candidate lacks an output, has another
         shape, or is NaN or infinite where the reference is finite. Outputs that are not floating point do not enter,
-        unless there are no others: then 200 if all of their elements are equal and 0 otherwise.
+        unless there are no others: then 200 if all of their elements are equal, and ``10 log10(elements / changed
+        elements)`` otherwise.
     """
     if any(name not in candidate or candidate[name].shape != array.shape for name, array in reference.items()):
         return -MOST_DB
     floats = [name for name, array in reference.items() if array.dtype.kind == "f"]
     if not floats:
-        equal = all(np.array_equal(array, candidate[name]) for name, array in reference.items())
-        return MOST_DB if equal else 0.0
+        changed = sum(int(np.count_nonzero(array != candidate[name])) for name, array in reference.items())
+        total = sum(array.size for array in reference.values())
+        return float(10 * np.log10(total / changed)) if changed else MOST_DB
     signal = noise = 0.0
     for name in floats:
         power, error = _powers(reference[name], candidate[name])

@@ -32,6 +32,12 @@ class Metrics:
         )
         self.queue_rows = Gauge("slipstream_queue_rows", "Rows that wait now.", _MODEL, registry=registry)
         self.model_ready = Gauge("slipstream_model_ready", "1 while the model serves.", _MODEL, registry=registry)
+        self.variant_served = Gauge(
+            "slipstream_variant_served",
+            "1 where a variant of the artifact serves, 0 where this host refused it.",
+            (*_MODEL, "variant"),
+            registry=registry,
+        )
         self.lane_up = Gauge("slipstream_lane_up", "1 while the lane takes work.", _LANE, registry=registry)
         self.batch_rows = Histogram(
             "slipstream_batch_rows", "Rows per executed batch.", _LANE, buckets=ROWS, registry=registry
@@ -89,6 +95,10 @@ class ModelMetrics:
     def ready(self, is_ready: bool) -> None:
         """Set whether the model serves."""
         self._ready.set(is_ready)
+
+    def variant_served(self, variant: str, is_served: bool) -> None:
+        """Set whether a variant of the artifact serves on this host."""
+        self._metrics.variant_served.labels(*self._labels, variant).set(is_served)
 
     def lane_up(self, variant: str, device: str, is_up: bool) -> None:
         """Set whether a lane takes work."""

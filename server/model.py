@@ -93,6 +93,10 @@ class Model:
         """Start the lanes and become ready; on the event loop."""
         self._scheduler = Scheduler(self._lanes.specs, self._limits, self._metrics, usable_cores())
         self.state = "ready"
+        for variant in self.variants:
+            self._metrics.variant_served(variant, True)
+        for variant in self.refused:
+            self._metrics.variant_served(variant, variant in self.variants)
         self._metrics.ready(True)
 
     async def infer(self, request: InferRequest) -> InferResponse:
@@ -133,8 +137,14 @@ class Model:
         )
 
     def metadata(self) -> dict[str, Any]:
-        """Return ``inputs`` and ``outputs`` as the protocol's model metadata spells them."""
+        """Return ``inputs`` and ``outputs`` as the protocol's model metadata spells them, and what serves them.
+
+        ``variants`` are those in service, the preferred one first; ``refused`` maps those that this host does not serve
+        to the reason.
+        """
         return {
+            "variants": list(self.variants),
+            "refused": self.refused,
             "inputs": [_metadata_of(spec) for spec in self.signature.inputs],
             "outputs": [_metadata_of(spec) for spec in self.signature.outputs],
         }

@@ -65,7 +65,7 @@ def _passed(request: dict[str, Any], notes: list[str]) -> str:
             result = _run(request, request["model"], f"passes-{number}", passes=chain)
             if result is None:
                 raise RuntimeError("Olive returned no model; its log says why")
-        except Exception as exc:  # noqa: BLE001  (whatever Olive raises, the next attempt may do)
+        except Exception as exc:
             notes.append(f"{first['type']} -> {quantize['type']} failed: {type(exc).__name__}: {str(exc)[:120]}")
             if first is attempts[-1]:
                 raise
@@ -90,10 +90,9 @@ def _tuned(request: dict[str, Any], model: str, notes: list[str]) -> dict[str, A
             result = _run(request, model, f"tuning-{threads}", passes={"tune": tune}, measured=True)
             if result is None:
                 raise RuntimeError("Olive returned no model; its log says why")
-            latency = float(next(value for name, value in result.metrics_value.items() if "latency" in name))
+            latency = float(result.metrics_value["latency-avg"]["value"])
             tried[threads] = (latency, dict(result.get_inference_config().get("session_options") or {}))
         except Exception as exc:  # noqa: BLE001  (whatever Olive raises, the model is there)
-            import traceback; traceback.print_exc()
             notes.append(f"tuning with {threads} threads failed: {type(exc).__name__}: {str(exc)[:120]}")
     if not tried:
         return {}

@@ -20,7 +20,7 @@ MODEL = Package(
 )
 _MEMBER = "magika/models/standard_v3_3/model.onnx"
 
-SAMPLES = 512
+SAMPLES = 896
 EXTENSIONS = 64
 """The most frequent ones are taken: the rest are mostly parts of names."""
 # The model's own settings: it sees the ends of a file, each within one block, without the white space around them.

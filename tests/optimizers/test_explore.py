@@ -186,9 +186,9 @@ def test_final_form_is_the_one_that_the_track_holds(bench: Bench):
     """What was tried and dropped must not answer or race in the name of what was kept."""
     (light,) = explore(bench, root_of(COARSE, repairs=(RESTORE, WORSEN))).appraised
     session = bench.track.session(bench.track.enter(light.built))
-    for name, expected in light.answers.items():
-        np.testing.assert_array_equal(bench.exam.answers(session)[name], expected)
-    assert bench.exam.fidelity(light.built, session) == light.fidelity
+    fidelity, answers = bench.exam.glance(session)
+    assert fidelity == light.fidelity
+    np.testing.assert_array_equal(answers["y"], light.answers["y"])
 
 
 def test_slow_candidate_is_not_worth_a_repair_unless_size_counts(bench: Bench):
@@ -234,12 +234,24 @@ def test_accuracy_on_labels_counts_as_well(bench: Bench):
     assert outcomes(found)[-1] == ("light + restore", "kept")
 
 
-def test_nothing_new_starts_when_the_time_is_spent(bench: Bench):
+def test_no_member_and_no_repair_starts_when_the_time_is_spent(bench: Bench):
     roots = (root_of(COARSE, "a", repairs=(RESTORE,)), root_of(FINE, "b"))
-    found = explore(bench, *roots, left_s=-1)
+    found = explore(bench, *roots, left_s=0.02)  # less than the first one takes
     assert outcomes(found) == [("a", "tried"), ("b", "not tried"), ("restore", "not tried")]
     assert {step.reason for step in found.steps[1:]} == {"the time budget is spent"}
     assert found.appraised[0].failure.startswith("agreement at most")
+
+
+def test_mixed_precision_does_not_start_when_the_time_is_spent(bench: Bench):
+    found = explore(bench, root_of(COARSE, mixes=True), left_s=0.02)
+    assert outcomes(found) == [("light", "tried"), ("mixed precision", "not tried")]
+
+
+def test_no_family_starts_when_the_time_is_spent(bench: Bench):
+    found = explore(bench, root_of(FINE, "a"), root_of(FINE, "b", "other", pruned="no GPU is in use"), left_s=-1)
+    assert outcomes(found) == [("a", "not tried"), ("b", "pruned")]
+    assert by_name(found)["a"].failure == found.steps[0].reason == "the time budget is spent"
+    assert [record.name for record in bench.line.records] == ["burden"]
 
 
 def test_mixed_precision_needs_a_quantizer_of_layers(bench: Bench):

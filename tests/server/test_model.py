@@ -3,6 +3,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from server.artifact import read_artifact
 from server.errors import Draining, InferenceFailed, ModelNotReady, SignatureMismatch, UnknownVariant
@@ -12,7 +13,7 @@ from server.providers import CPU
 from server.settings import Settings
 from server.tensors import InferRequest, InferResponse
 from tests import models
-from tests.artifacts import random_inputs, write_artifact, write_plain
+from tests.artifacts import edit_manifest, random_inputs, write_artifact, write_plain
 
 
 @pytest.fixture
@@ -64,9 +65,26 @@ async def test_facts(folder: Path, start, metrics: Metrics):
     assert model.refused == {}
     assert ready_gauge(metrics) == 1.0
     assert model.metadata() == {
+        "variants": ["int8", "fp32"],
+        "refused": {},
         "inputs": [{"name": "x", "datatype": "FP32", "shape": [-1, 64]}],
         "outputs": [{"name": "y", "datatype": "FP32", "shape": [-1, 10]}],
     }
+
+
+async def test_refused_variant_is_told_and_counted(folder: Path, start, metrics: Metrics):
+    int8, fp32 = read_artifact(folder).variants
+    edit_manifest(folder, variants=(replace(int8, host_bound=True, host="another"), fp32))
+    model = start(folder)
+    assert model.variants == ("fp32",)
+    assert "built for hosts of kind another, this is one of" in model.metadata()["refused"]["int8"]
+    served = {
+        variant: metrics.registry.get_sample_value(
+            "slipstream_variant_served", {"model": "mlp", "version": "7", "variant": variant}
+        )
+        for variant in ("int8", "fp32")
+    }
+    assert served == {"int8": 0.0, "fp32": 1.0}
 
 
 async def test_requests_that_arrive_together_share_a_batch_and_get_their_own_rows(folder: Path, start):

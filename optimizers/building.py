@@ -116,12 +116,14 @@ class Line:
             self._made[key] = (_result(form, step, finding), finding)
         return self._made[key]
 
-    def annotate(self, step: Pass, before: Chain, speed: tuple[Speed, ...], left_out: str) -> None:
+    def annotate(
+        self, step: Pass, before: Chain, speed: tuple[Speed, ...], left_out: str, status: str = "slower"
+    ) -> None:
         """Add to the record of a pass how fast its result is, and why it was left out, if it was."""
         name, after = label_of(step), tuple(label_of(done) for done in before)
         for index, record in enumerate(self.records):
             if (record.name, record.after) == (name, after):
-                changes: dict[str, Any] = {"status": "slower", "reason": left_out} if left_out else {}
+                changes: dict[str, Any] = {"status": status, "reason": left_out} if left_out else {}
                 self.records[index] = msgspec.structs.replace(record, speed=speed, **changes)
 
 

@@ -97,7 +97,7 @@ def _seconds(_context: click.Context, _parameter: click.Parameter, value: float)
 @click.option("--json", "as_json", is_flag=True, help="Print report.json on stdout, and nothing else there.")
 @_reports_errors
 def optimize(model: Path, recipe_file: Path | None, time_budget: float, *, as_json: bool, **options: Any) -> None:
-    r"""Optimize MODEL.onnx, prove every variant against it on this host, and write a servable artifact.
+    """Optimize MODEL.onnx, prove every variant against it on this host, and write a servable artifact.
 
     The model passes through clean-up and operator fusion, then through quantization and compression, with repair where
     it pays. A variant is served only if it agrees with the original on held-out samples and is better than it; the
@@ -112,7 +112,7 @@ def optimize(model: Path, recipe_file: Path | None, time_budget: float, *, as_js
     Example:
       slipstream optimize model.onnx --repository models --name mine --calibration data.npz
       slipstream serve models
-    """
+    """  # noqa: D301  (click needs the control character, not its name)
     keys = ("repository", "name", "version", "calibration", "labels", "evaluator", "cache")
     given = {key: options.pop(key) for key in keys}
     if given["labels"] is not None and given["calibration"] is None:
@@ -161,6 +161,8 @@ def verify(folder: Path) -> None:
 def _verify(console: Console, artifact: Artifact, variant: Variant, devices: dict[Any, Device]) -> bool:
     device = devices.get(variant.provider)
     try:
+        if variant.host_bound and variant.host != read_host().fingerprint:
+            raise StartupError("it was built for another kind of host; optimize the model here")
         if device is None:
             raise StartupError(f"no {variant.provider} device is usable here")
         session = Session(artifact.folder / variant.file, device, variant.options)
@@ -223,7 +225,12 @@ def _print_result(artifact: Artifact, *, is_new: bool, as_json: bool) -> None:
     for record in report.candidates:
         evidence = f"; {describe(record.fidelity)}" if record.fidelity is not None else ""
         console.print(f"{record.name} is {record.verdict}: {record.reason}{evidence}")
+        if record.verdict == "served" and record.passes:
+            console.print(f"    made by {' > '.join(record.passes)}")
     console.print(f"\n{report.headline}")
+    console.print("~ on the search samples only, which decide what is tried; the others on held-out samples.")
+    if report.promise:
+        console.print(report.promise)
     state = "written" if is_new else "up to date"
     click.echo(f"{state}: {artifact.folder}\nreport: {artifact.folder / REPORT_HTML}")
 
@@ -239,13 +246,15 @@ def _table(report: Report) -> Table:
 
 
 def _cells(record: CandidateRecord) -> tuple[str, ...]:
-    fidelity, latency = record.fidelity, record.latency
+    fidelity, latency, mark = record.fidelity, record.latency, ""
+    if fidelity is None and record.search_fidelity is not None:
+        fidelity, mark = record.search_fidelity, "~"  # on the search samples only
     times = dict(zip(latency.rows, latency.p50_ms, strict=True)) if latency is not None else {}
     return (
         record.name,
         record.verdict,
         f"{record.size_bytes / 1e6:.3g}" if record.size_bytes else "",
-        f"{fidelity.agreement:.3f}" if fidelity is not None else "",
-        f"{fidelity.sqnr_db:.0f}" if fidelity is not None else "",
+        f"{mark}{fidelity.agreement:.3f}" if fidelity is not None else "",
+        f"{mark}{fidelity.sqnr_db:.0f}" if fidelity is not None else "",
         *(f"{times[rows]:.3g}" if rows in times else "" for rows in _DECIDING_ROWS),
     )

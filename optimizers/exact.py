@@ -37,7 +37,11 @@ def build_exact(
         made, finding = line.apply(chain, form, step)
         if finding.failure or not finding.changed:
             continue
-        speed = _compare(track, line, (chain, form), ((*chain, step), made), seed)
+        try:
+            speed = _compare(track, line, (chain, form), ((*chain, step), made), seed)
+        except SlipstreamError as exc:
+            line.annotate(step, chain, (), f"does not run: {exc}", status="refused")
+            continue
         kept = _is_kept(step, speed)
         line.annotate(step, chain, tuple(Speed.of(c) for c in speed), _left_out(speed) if not kept else "")
         if kept:
@@ -54,17 +58,14 @@ def _is_kept(step: Pass, speed: Sequence[Comparison]) -> bool:
 def _compare(
     track: Track, line: Line, before: tuple[Chain, Form], after: tuple[Chain, Form], seed: int
 ) -> tuple[Comparison, ...]:
-    """Race a pass's result against its input; nothing is known when one of them does not run."""
+    """Race a pass's result against its input."""
     names = []
-    try:
-        for chain, form in (before, after):
-            name = " > ".join(label_of(step) for step in chain) or line.original.sha256[:8]
-            names.append(track.enter(Built(f"after {name}", "fp32", "cpu", exact=True, form=form, chain=chain)))
-        rows = deciding_rows(tuple(track.batches))
-        plan = RacePlan(budget_s=_RACE_S, min_rounds=9, least_rounds=7, max_rounds=25, seed=seed)
-        raced = track.race(names, rows, plan, lambda _: None)
-    except SlipstreamError:
-        return ()
+    for chain, form in (before, after):
+        name = " > ".join(label_of(step) for step in chain) or line.original.sha256[:8]
+        names.append(track.enter(Built(f"after {name}", "fp32", "cpu", exact=True, form=form, chain=chain)))
+    rows = deciding_rows(tuple(track.batches))
+    plan = RacePlan(budget_s=_RACE_S, min_rounds=9, least_rounds=7, max_rounds=25, seed=seed)
+    raced = track.race(names, rows, plan, lambda _: None)
     return tuple(raced.compare(names[1], names[0], r) for r in rows)
 
 

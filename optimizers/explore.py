@@ -21,13 +21,13 @@ from optimizers.errors import PassFailed
 from optimizers.exam import Exam
 from optimizers.fidelity import improves, wilson
 from optimizers.measurement import Comparison, RacePlan
-from optimizers.mixing import mix
+from optimizers.mixing import Accept, mix
 from optimizers.passes import Pass, PassContext
 from optimizers.passes.catalog import label_of
 from optimizers.racing import Track
 from optimizers.records import StepRecord
 from optimizers.roots import Root
-from optimizers.search import LEAST_GAIN, Gate, deciding_rows, mean_speedup, unfaithful
+from optimizers.search import LEAST_GAIN, Gate, deciding_rows, mean_speedup
 from optimizers.sensitivity import LayerSensitivity
 from server.artifact import Fidelity
 from server.errors import SlipstreamError
@@ -38,6 +38,7 @@ Observe = Callable[[str, float], None]
 
 NO_SEARCH = "no proof possible: too few samples for a search part"
 _RACE_S = 1.5
+_LATE = "the time budget is spent"
 _PROMISING = 0.97 * LEAST_GAIN
 """Short races are less sure than long ones."""
 
@@ -116,6 +117,7 @@ class Explorer:
     ) -> None:
         self._line, self._exam, self._track, self._context = line, exam, track, context
         self._quest, self._observe = quest, observe
+        self._accept = Accept(quest.gate)
         self._steps: list[StepRecord] = []
         self._sensitivity: dict[str, tuple[LayerSensitivity, ...]] = {}
 
@@ -148,6 +150,8 @@ class Explorer:
         if root.pruned:
             self._note(root.name, "pruned", root.pruned, 0.0)
             return Appraisal(self._unbuilt(root, root.pruned), failure=root.pruned)
+        if self._is_late(root.name):
+            return Appraisal(self._unbuilt(root, _LATE), failure=_LATE)
         start = time.monotonic()
         appraisal = self._appraise(self._line.build(root.name, (*self._quest.base, *root.chain), root.precision))
         self._note(root.name, "dropped" if appraisal.failure else "tried", _seen(appraisal), time.monotonic() - start)
@@ -224,7 +228,7 @@ class Explorer:
         start = time.monotonic()
         self._observe(f"sensitivity of {root.name}", 0.7)
         try:
-            mixed = mix(self._line, self._quest.base, chain, self._context, self._exam, self._accepts)
+            mixed = mix(self._line, self._quest.base, chain, self._context, self._exam, self._accept)
         except (PassFailed, SlipstreamError) as exc:
             self._note(f"{root.name}: mixed precision", "dropped", str(exc), time.monotonic() - start)
             return best
@@ -240,13 +244,8 @@ class Explorer:
         self._note(f"{root.name}: mixed precision", "kept" if kept else "dropped", seen, time.monotonic() - start)
         return appraisal if kept else best
 
-    def _accepts(self, fidelity: Fidelity) -> bool:
-        """Ask for half of the misses that the gate allows: the held-out samples must pass it as well."""
-        allowed = (1 - self._quest.gate.min_agreement) / 2
-        return 1 - fidelity.agreement <= allowed + 1e-12 and not unfaithful(fidelity, self._quest.gate)
-
     def _is_faithful(self, appraisal: Appraisal) -> bool:
-        return appraisal.fidelity is not None and self._accepts(appraisal.fidelity)
+        return appraisal.fidelity is not None and self._accept(appraisal.fidelity)
 
     def _hopeless_or(self, appraisal: Appraisal) -> Appraisal:
         """Drop a candidate that the search samples show to miss the gate beyond chance."""
@@ -269,7 +268,7 @@ class Explorer:
     def _is_late(self, what: str) -> bool:
         late = time.monotonic() > self._quest.end_s
         if late:
-            self._note(what, "not tried", "the time budget is spent", 0.0)
+            self._note(what, "not tried", _LATE, 0.0)
         return late
 
     def _note(self, what: str, outcome: str, reason: str, seconds: float) -> None:

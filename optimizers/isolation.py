@@ -7,11 +7,7 @@ crashes, runs too long or takes too much memory is ended and its pass refused; n
 answered is kept in a store, and the same job is not run again.
 """
 
-import json
-import os
 import pickle
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -21,6 +17,7 @@ from optimizers.errors import PassFailed
 from optimizers.evidence import run_singly
 from optimizers.fidelity import worst_sqnr_db
 from optimizers.graph import files_of, load_model, op_counts, save_model
+from optimizers.nursery import Nursery
 from optimizers.passes import Pass, PassContext
 from optimizers.passes.catalog import settings_of
 from optimizers.passes.check import require_equivalent
@@ -37,12 +34,7 @@ LEAST_SQNR_DB = {"exact": 60.0, "tolerance": 30.0, "lossy": 0.0}
 SERVING = SessionOptions(intra_op_threads=1, spinning=False, graph_level="all")
 """How candidates are opened, as the server does: one thread, which never spins."""
 
-_START = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from optimizers.isolation import main; main(sys.argv[2])"
-)
-_JOB, _FINDING, _RESULT, _LOG = "job.pickle", "finding.json", "model.onnx", "log.txt"
-_LOOK_S = 0.05
-_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+_JOB, _FINDING, _RESULT = "job.pickle", "finding.json", "model.onnx"
 
 
 class Probe(msgspec.Struct, frozen=True):
@@ -106,6 +98,7 @@ class Workshop(msgspec.Struct, frozen=True):
 
     Attributes:
         store: Keeps what children answered.
+        nursery: Forks the children, see ``nursery_of_passes``.
         context: What passes may use; the reference is set for each job.
         probe: The golden check.
         inputs: Digest of everything that calibration and probe come from.
@@ -114,6 +107,7 @@ class Workshop(msgspec.Struct, frozen=True):
     """
 
     store: Store
+    nursery: Nursery
     context: PassContext
     probe: Probe
     inputs: str = ""
@@ -128,13 +122,18 @@ class _Job(msgspec.Struct, frozen=True):
     probe: Probe
 
 
+def nursery_of_passes() -> Nursery:
+    """Return a nursery whose children run passes; close it in the end."""
+    return Nursery(__name__)
+
+
 def run_isolated(step: Pass, form: Form, workshop: Workshop) -> Finding:
     """Run a pass on a model in a child process and wait for it; never raises for what the pass does.
 
     Args:
         step: The pass; it must be picklable by name.
         form: Its input, left as it is.
-        workshop: Store, context, golden check and limits.
+        workshop: Store, nursery, context, golden check and limits.
     """
     key = _key(step, form, workshop)
     if (place := workshop.store.find(key)) is not None:
@@ -143,8 +142,10 @@ def run_isolated(step: Pass, form: Form, workshop: Workshop) -> Finding:
     context = msgspec.structs.replace(workshop.context, work=folder, reference=form.reference or form.model)
     (folder / _JOB).write_bytes(pickle.dumps(_Job(step, form, context, workshop.probe)))
     start = time.monotonic()
-    failure = _spawn(folder, workshop)
+    failure = workshop.nursery.run(folder, workshop.timeout_s, workshop.memory_bytes)
     seconds = time.monotonic() - start
+    if not failure and not (folder / _FINDING).is_file():
+        failure = "its process ended with status 0 and no result"
     if failure:
         return Finding(failure=failure, options=form.options, seconds=seconds)  # not kept: it may go well next time
     (folder / _JOB).unlink()
@@ -184,51 +185,6 @@ def _key(step: Pass, form: Form, workshop: Workshop) -> str:
 def _read(folder: Path) -> Finding:
     finding = msgspec.json.decode((folder / _FINDING).read_bytes(), type=Finding)
     return msgspec.structs.replace(finding, model=str(folder / _RESULT) if finding.sha256 else "")
-
-
-def _spawn(folder: Path, workshop: Workshop) -> str:
-    """Run the child; return why it ended badly, or nothing."""
-    command = [sys.executable, "-c", _START, json.dumps(sys.path), str(folder)]
-    with (folder / _LOG).open("wb") as log:
-        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-        stopped = _watch(child, workshop)
-    if stopped:
-        return stopped
-    status = child.returncode
-    if status == 0 and (folder / _FINDING).is_file():
-        return ""
-    lines = (folder / _LOG).read_text(errors="replace").strip().splitlines()
-    ended = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
-    return f"its process {ended}" + (f": {lines[-1]}" if lines else "")
-
-
-def _watch(child: "subprocess.Popen[bytes]", workshop: Workshop) -> str:
-    """Wait for the child; end it, and return why, when it exceeds its time or its memory."""
-    end = time.monotonic() + workshop.timeout_s
-    try:
-        while True:
-            try:
-                child.wait(_LOOK_S)
-                return ""
-            except subprocess.TimeoutExpired:
-                pass
-            if time.monotonic() > end:
-                return f"stopped after {workshop.timeout_s:g} s without a result"
-            used = resident_bytes(child.pid)
-            if 0 < workshop.memory_bytes < used:
-                return f"stopped at {used / 1e9:.1f} GB of memory; allowed are {workshop.memory_bytes / 1e9:.1f} GB"
-    finally:
-        if child.poll() is None:  # also when the user interrupts
-            child.kill()
-            child.wait()
-
-
-def resident_bytes(pid: int) -> int:
-    """Return the resident memory of a process; 0 when it is gone."""
-    try:
-        return int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1]) * _PAGE_BYTES
-    except (OSError, IndexError):
-        return 0
 
 
 def _work(job: _Job, target: Path) -> Finding:

@@ -1,6 +1,5 @@
 """Mixed precision: which layers of a quantized candidate stay in float, found on a simulation and then built."""
 
-from collections.abc import Callable
 from typing import Literal
 
 import msgspec
@@ -19,17 +18,32 @@ from optimizers.passes.int8 import WEIGHTED_OPS, prepared, reduced_range
 from optimizers.passes.int8_dynamic import Int8Dynamic
 from optimizers.passes.int8_static import Int8Static
 from optimizers.roots import quantizer_index
+from optimizers.search import Gate, unfaithful
 from optimizers.sensitivity import LayerSensitivity, Samples, rank, smallest_float_set
 from optimizers.store import key_of
 from optimizers.switchboard import Scheme, Switchboard, rounded_tensors
 from server.artifact import Fidelity
 
-Accept = Callable[[Fidelity], bool]
-"""Whether a fidelity is good enough."""
-
 _RESULT = "mixed.json"
 _MOST_RANKED = 48
 """Samples for the ranking: errors of single layers differ by factors, which a few samples show."""
+
+
+class Accept(msgspec.Struct, frozen=True):
+    """Whether a fidelity on the search samples is good enough to go on.
+
+    Half of the misses that the gate allows: the held-out samples must pass it as well.
+
+    Attributes:
+        gate: The fidelity that is required in the end.
+    """
+
+    gate: Gate
+
+    def __call__(self, fidelity: Fidelity) -> bool:
+        """Judge one fidelity."""
+        allowed = (1 - self.gate.min_agreement) / 2
+        return 1 - fidelity.agreement <= allowed + 1e-12 and not unfaithful(fidelity, self.gate)
 
 
 class Mixed(msgspec.Struct, frozen=True):
@@ -74,7 +88,7 @@ def mix(line: Line, base: Chain, chain: Chain, context: PassContext, exam: Exam,
     if not isinstance(step, (Int8Dynamic, Int8Static)):
         raise PassFailed(f"{step.spec.name} quantizes no layers one by one")
     before = line.build("", (*base, *chain[:index]), "fp32").form
-    key = key_of("mixed", before.sha256, settings_of(step), exam.digest, exam.rows, context.host.fingerprint)
+    key = key_of("mixed", before.sha256, settings_of(step), accept, exam.digest, exam.rows, context.host.fingerprint)
     found = exam.store.read(key, _RESULT)
     if found is not None:
         return msgspec.json.decode(found, type=Mixed)

@@ -9,6 +9,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import get_args
 
@@ -23,7 +24,8 @@ from optimizers.exact import build_exact
 from optimizers.exam import Exam
 from optimizers.explore import NO_SEARCH, Appraisal, Explorer, Found, Quest, unproven
 from optimizers.graph import load_model, op_counts, save_model, signature_of
-from optimizers.isolation import Form, Probe, Workshop
+from optimizers.isolation import Form, Probe, Workshop, nursery_of_passes
+from optimizers.nursery import Nursery
 from optimizers.pareto import Policy
 from optimizers.passes import Pass, PassContext
 from optimizers.passes.catalog import BY_NAME, EXACT, step_of
@@ -97,8 +99,11 @@ def optimize(request: OptimizeRequest, observe: Observe = lambda _stage, _share:
         store = Store(request.cache or request.repository / _CACHE)
         store.sweep()
         # A hidden sibling on the same file system, so that the last step is a rename.
-        with tempfile.TemporaryDirectory(prefix=f"{_WORK}{os.getpid()}-", dir=request.repository) as work:
-            run = _Run(request, host, digests, str(version), Path(work), store, evaluate)
+        with (
+            tempfile.TemporaryDirectory(prefix=f"{_WORK}{os.getpid()}-", dir=request.repository) as work,
+            closing(nursery_of_passes()) as nursery,
+        ):
+            run = _Run(request, host, digests, str(version), Path(work), _Tools(store, nursery, evaluate))
             move_into_place(run.execute(observe), folder / str(version))
         store.trim()
     except OSError as exc:
@@ -118,21 +123,28 @@ class _Searched(msgspec.Struct, frozen=True):
     features: Features = ()
 
 
+class _Tools(msgspec.Struct, frozen=True):
+    """What a run works with: the cache, the processes of passes, and the user's own metric."""
+
+    store: Store
+    nursery: Nursery
+    evaluate: Evaluate | None
+
+
 class _Run:
     """One run; each method is one stage, and ``execute`` is their order."""
 
-    def __init__(  # noqa: PLR0913  (what optimize() found out, once)
+    def __init__(
         self,
         request: OptimizeRequest,
         host: HostFacts,
         digests: Digests,
         version: str,
         work: Path,
-        store: Store,
-        evaluate: Evaluate | None,
+        tools: _Tools,
     ) -> None:
         self.request, self.recipe, self.host, self.digests = request, request.recipe, host, digests
-        self.version, self.work, self.store, self.evaluate = version, work, store, evaluate
+        self.version, self.work, self.store, self.tools = version, work, tools.store, tools
         self.started_s = time.monotonic()
         self.gate = Gate(self.recipe.min_agreement, self.recipe.max_accuracy_drop)
         self.policy = Policy(self.recipe.objective, self.recipe.slo_ms)
@@ -195,7 +207,15 @@ class _Run:
         singles = answered.held_out.singles[:_PROBE_SAMPLES]
         probe = Probe(singles, {name: array[: len(singles)] for name, array in answered.held_out.reference.items()})
         limit = int(available_memory_bytes() * _MEMORY_SHARE)
-        return Workshop(self.store, self._context(parts), probe, parts.digest, self.request.pass_timeout_s, limit)
+        return Workshop(
+            self.store,
+            self.tools.nursery,
+            self._context(parts),
+            probe,
+            parts.digest,
+            self.request.pass_timeout_s,
+            limit,
+        )
 
     def _context(self, parts: Parts) -> PassContext:
         batches = parts.calibration.batches(_CALIBRATION_ROWS) if parts.calibration is not None else ()
@@ -203,8 +223,10 @@ class _Run:
 
     def _exam(self, name: str, samples: HeldOut, answered: Original, parts: Parts) -> Exam:
         rows = answered.batching.max_rows if answered.batching.batchable else 1
-        digest = f"{parts.digest} {self.request.evaluator}"
-        return Exam(samples, name, digest, rows, self.host.cores, self.store, self.host.fingerprint, self.evaluate)
+        digest = f"{parts.digest} {self.digests.recipe if self.request.evaluator else ''}"
+        return Exam(
+            samples, name, digest, rows, self.host.cores, self.store, self.host.fingerprint, self.tools.evaluate
+        )
 
     def _search(self, line: Line, track: Track, parts: Parts, answered: Original, observe: Observe) -> _Searched:
         """Build the exact forms, then what the recipe names, or else what the exploration finds."""

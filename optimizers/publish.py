@@ -184,7 +184,7 @@ def _replay(edition: Edition) -> Recipe:
     plans = tuple(
         VariantPlan(choice.name, built.precision, tuple(settings_of(step) for step in built.chain), built.exact)
         for choice, built in ((choice, choice.built) for choice in edition.outcome.chosen)
-        if built.chain and built.provider == "cpu"
+        if built.provider == "cpu"
     )
     return msgspec.structs.replace(edition.request.recipe, variants=plans)
 

@@ -127,7 +127,8 @@ class Track:
         Raises:
             InferenceFailed: If a session fails on a batch.
         """
-        key = key_of("race", [(label, self._identity[label]) for label in labels], list(sizes), plan, self._host)
+        shapes = [(rows, {name: array.shape for name, array in self.batches[rows].items()}) for rows in sizes]
+        key = key_of("race", [(label, self._identity[label]) for label in labels], shapes, plan, self._host)
         found = self._store.read(key, _RESULT)
         if found is not None:
             result = msgspec.json.decode(found, type=_Result)

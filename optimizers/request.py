@@ -11,7 +11,7 @@ from optimizers.graph import files_of
 from optimizers.passes import Pass
 from optimizers.recipe import Recipe
 from optimizers.store import joint_digest
-from server.artifact import Artifact, read_artifact
+from server.artifact import Artifact, digest_of, read_artifact
 from server.errors import ArtifactError
 from server.host import HostFacts
 
@@ -55,7 +55,7 @@ class Digests(msgspec.Struct, frozen=True):
 
     Attributes:
         source: SHA-256 of the model file and of its external weights.
-        recipe: SHA-256 of the recipe and of the passes' versions.
+        recipe: SHA-256 of the recipe, the evaluator, the time budget and the passes' versions.
         inputs: SHA-256 of the samples and labels; empty without any.
         host: Fingerprint of the machine.
         tools: Installed distributions and their versions.
@@ -79,7 +79,8 @@ def digests_of(request: OptimizeRequest, host: HostFacts, passes: list[Pass]) ->
             f"the name {request.name!r} is not one of letters, digits, '.', '_', '-' (no '.' in front)"
         )
     versions = sorted(f"{step.spec.name} {step.spec.version}" for step in passes)
-    recipe = "\n".join([request.recipe.digest(), request.evaluator, *versions])
+    asked = [request.recipe.digest(), _evaluator(request.evaluator), f"{request.time_budget_s:g} s"]
+    recipe = "\n".join([*asked, *versions])
     data = [path for path in (request.calibration, request.labels) if path is not None]
     try:
         source, inputs = joint_digest(files_of(request.model)), joint_digest(data) if data else ""
@@ -128,3 +129,10 @@ def _is_same(artifact: Artifact, digests: Digests) -> bool:
     host = manifest.host.get("fingerprint", "")
     made = Digests(manifest.source.sha256, manifest.recipe_sha256, manifest.inputs_sha256, host, manifest.tools)
     return made == digests
+
+
+def _evaluator(reference: str) -> str:
+    """Return the evaluator with the digest of its module's file, since a changed metric is another one."""
+    module = reference.partition(":")[0]
+    file = Path(f"{module.replace('.', '/')}.py")
+    return f"{reference} {digest_of(file)}" if file.is_file() else reference

@@ -238,7 +238,7 @@ class Manifest(msgspec.Struct, frozen=True):
 
     Attributes:
         variants: In order of preference: the first one that opens on a device serves there.
-        digest: Of what was asked for and what was made, measured times left out: equal digests mean equal answers.
+        digest: Of what was asked for and what was made, measured times left out.
         padding: Whether requests of unequal length may be padded to one; ``None`` when that was never tried.
     """
 

@@ -41,7 +41,7 @@ def _section(comparison: Comparison) -> str:
     gate = comparison.gate
     lines = [
         f"## {comparison.model}",
-        f"{comparison.about.capitalize()}. {comparison.headline}".strip(),
+        f"{comparison.about[:1].upper()}{comparison.about[1:]}. {comparison.headline}".strip(),
         f"Promise: agreement at least {gate.min_agreement:g}, accuracy lower by at most {gate.max_accuracy_drop:g}. "
         f"Samples: {comparison.seen} for everybody, {comparison.unseen} unseen, {comparison.repeated} left out as "
         f"repeated. Best batch of ours: {comparison.best_rows}.",

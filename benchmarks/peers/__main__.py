@@ -12,7 +12,7 @@ from pathlib import Path
 
 FOLDER = Path(".cache", "peers", "olive")
 TORCH = ("torch==2.13.0+cpu", "torch")
-"""The build without CUDA where pip finds one (700 MB less than half of the other), or else what there is."""
+"""The build without CUDA where pip finds it (the other one brings gigabytes of CUDA), or else what there is."""
 OLIVE = ("olive-ai==0.13.0", "requests", "psutil")
 """Olive imports the last two and does not declare them."""
 SAME = ("onnxruntime", "onnx", "numpy")

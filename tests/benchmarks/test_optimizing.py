@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -27,9 +28,11 @@ from benchmarks.optimizing.results import (
     promise_kept,
 )
 from benchmarks.optimizing.tables import render, summary, table
+from benchmarks.peers import ort_recipe
 from benchmarks.peers.asking import ORT_DEFAULTS, PEERS, Peer, PeerFailed, ask_peer, options_of
 from benchmarks.peers.protocol import feeds_of, is_convolutional
 from benchmarks.zoo.odd import FIXED_ROWS, ODD, save
+from optimizers.api import Result, Task
 from optimizers.errors import CalibrationError
 from optimizers.graph import op_counts, signature_of
 from optimizers.intervals import wilson
@@ -52,21 +55,14 @@ HOST = HostFacts("a CPU", ("avx512_vnni",), 2)
 GATE = Gate(0.99, 0.01)
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model with 240 samples and their labels."""
-    place = tmp_path / "zoo"
-    place.mkdir()
+    place = tmp_path_factory.mktemp("zoo")
     models.save_mlp(place / "model.onnx")
     np.savez(place / "data.npz", x=np.random.default_rng(0).standard_normal((240, 64)).astype(np.float32))
     np.savez(place / "labels.npz", labels=np.arange(240) % 10)
     return place
-
-
-@pytest.fixture
-def cheap(monkeypatch: pytest.MonkeyPatch) -> None:
-    without_processes(monkeypatch)
-    monkeypatch.setattr("optimizers.trial.session_memory", lambda *_: None)
 
 
 def script(name: str, code: str) -> Peer:
@@ -85,28 +81,69 @@ def held(folder: Path, tmp_path: Path, *peers: Peer) -> Comparison:
     return compare("mlp", "a dense model", folder, tmp_path / "work", plan, lambda _: None)
 
 
+def with_other_answers(model: Path, path: Path) -> Path:
+    other = onnx.load(model)
+    for tensor in other.graph.initializer:
+        tensor.CopyFrom(onnx.numpy_helper.from_array(-onnx.numpy_helper.to_array(tensor), tensor.name))
+    onnx.save(other, path)
+    return path
+
+
+def with_one_row(model: Path, path: Path) -> Path:
+    fixed = onnx.load(model)
+    for value in (*fixed.graph.input, *fixed.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = 1
+    onnx.save(fixed, path)
+    return path
+
+
+@dataclass
+class Contest:
+    """One contest with every kind of peer; the files are what each side was given."""
+
+    found: Comparison
+    parts: Path
+    ours: Path
+    theirs: Path
+    our_labels: int
+
+
+@pytest.fixture(scope="module")
+def contested(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Contest:
+    place = tmp_path_factory.mktemp("contest")
+    ours, theirs, labels = place / "ours.npz", place / "theirs.npz", []
+    really = contest.optimize
+
+    def spying(task: Task) -> Result:
+        shutil.copy(task.calibration, ours)
+        labels.append(len(np.load(task.labels)["labels"]))
+        return really(task)
+
+    peers = (
+        PEERS["ort"],
+        script("Failing", "print('one line'); sys.exit('ValueError: no kernel for Foo')"),
+        Peer("Absent", ("/nowhere/python",), "run: install it"),
+        script("Spy", f"import shutil; shutil.copy(request['data'], {str(theirs)!r}); sys.exit(1)"),
+        answering("Wrong", with_other_answers(folder / "model.onnx", place / "o.onnx"), {"intra_op_num_threads": 1}),
+        answering("Fixed", with_one_row(folder / "model.onnx", place / "f.onnx")),
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        without_processes(patch)
+        patch.setattr("optimizers.trial.session_memory", lambda *_: None)
+        patch.setattr(contest, "optimize", spying)
+        found = held(folder, place, *peers)
+    return Contest(found, place / "work" / "samples", ours, theirs, labels[0])
+
+
 def rows_in(path: Path) -> set[bytes]:
     return {row.tobytes() for row in np.load(path)["x"]}
 
 
-def test_nobody_gets_the_unseen_samples(
-    folder: Path, tmp_path: Path, cheap: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    given: list[Path] = []
-    really = contest.optimize
-
-    def spying(task):
-        given.append(Path(shutil.copy(task.calibration, tmp_path / "ours.npz")))
-        assert len(np.load(task.labels)["labels"]) == 140
-        return really(task)
-
-    monkeypatch.setattr(contest, "optimize", spying)
-    theirs = tmp_path / "theirs.npz"
-    held(folder, tmp_path, script("spy", f"import shutil; shutil.copy(request['data'], {str(theirs)!r}); sys.exit(1)"))
-    unseen, everything = rows_in(tmp_path / "work" / "samples" / "unseen.npz"), rows_in(folder / "data.npz")
-    assert len(unseen) == 100
-    assert rows_in(given[0]) == everything - unseen
-    assert rows_in(theirs) < everything - unseen
+def test_nobody_gets_the_unseen_samples(contested: Contest, folder: Path) -> None:
+    unseen, everything = rows_in(contested.parts / "unseen.npz"), rows_in(folder / "data.npz")
+    assert (len(unseen), len(everything), contested.our_labels) == (100, 240, 140)
+    assert rows_in(contested.ours) == everything - unseen
+    assert rows_in(contested.theirs) < everything - unseen
 
 
 def test_equal_samples_are_not_on_both_sides() -> None:
@@ -133,56 +170,45 @@ def test_labels_go_with_their_samples(folder: Path, tmp_path: Path) -> None:
     np.testing.assert_array_equal(np.load(material.seen_labels)["labels"], seen)
 
 
-def test_everybody_is_in_the_table_also_who_failed(folder: Path, tmp_path: Path, cheap: None) -> None:
-    failing = script("Failing", "print('one line'); sys.exit('ValueError: no kernel for Foo')")
-    found = held(folder, tmp_path, PEERS["ort"], failing, Peer("Absent", ("/nowhere/python",), "run: install it"))
-    assert [row.name for row in found.rows] == [
-        ORIGINAL,
-        ORIGINAL_ONE,
-        "ORT recipe",
-        "Failing",
-        "Absent",
-        OURS_DEFAULTS,
-        OURS,
-    ]
-    assert found.row("Failing").failure == "exit code 1: ValueError: no kernel for Foo"
-    assert found.row("Absent").failure == "run: install it"
-    assert found.row("ORT recipe").notes == ("quantize_dynamic: INT8 weights",)
-    assert found.row("ORT recipe").wall_s > 0 < found.row("ORT recipe").cpu_s
-    raced = [row for row in found.rows if not row.failure]
-    for row in raced:
+def test_everybody_is_in_the_table_also_who_failed(contested: Contest) -> None:
+    found, peers = contested.found, ["ORT recipe", "Failing", "Absent", "Spy", "Wrong", "Fixed"]
+    assert [row.name for row in found.rows] == [ORIGINAL, ORIGINAL_ONE, *peers, OURS_DEFAULTS, OURS]
+    lines = table(found).splitlines()
+    assert len(lines) == 2 + len(found.rows)
+    assert len({line.count("|") for line in lines}) == 1
+    assert [line.split("|")[1].strip() for line in lines[2:]] == [row.name for row in found.rows]
+    assert "failed: exit code 1: ValueError: no kernel for Foo" in lines[5]
+    assert "failed: run: install it" in lines[6]
+    assert summary([found]).count("failed") == 4
+
+
+def test_who_takes_part_is_raced_and_compared(contested: Contest) -> None:
+    found = contested.found
+    for row in (row for row in found.rows if not row.failure):
         assert row.latency is not None
         assert {1, 8} <= set(row.latency.rows)
         assert row.fidelity is not None
         assert row.fidelity.samples == found.unseen == 100
         assert row.fidelity.accuracy is not None
         assert [speed.rows for speed in row.ours] == ([] if row.name == OURS else list(row.latency.rows))
-    lines = table(found).splitlines()
-    assert len(lines) == 2 + len(found.rows)
-    assert len({line.count("|") for line in lines}) == 1
-    assert "failed: exit code 1: ValueError: no kernel for Foo" in lines[5]
-    assert "failed" in summary([found])
 
 
-def test_a_peer_with_other_answers_breaks_the_promise(folder: Path, tmp_path: Path, cheap: None) -> None:
-    other = onnx.load(folder / "model.onnx")
-    for tensor in other.graph.initializer:
-        tensor.CopyFrom(onnx.numpy_helper.from_array(-onnx.numpy_helper.to_array(tensor), tensor.name))
-    onnx.save(other, tmp_path / "other.onnx")
-    found = held(folder, tmp_path, answering("Wrong", tmp_path / "other.onnx", {"intra_op_num_threads": 1}))
-    assert found.row("Wrong").promise == "broken"
-    assert found.row("Wrong").notes == ("made elsewhere",)
-    assert found.row(OURS).promise == "kept"  # 100 samples cannot show 0.99
-    assert "it breaks the promise" in summary([found])
+def test_the_recipe_of_onnxruntime_makes_a_model(contested: Contest) -> None:
+    row = contested.found.row("ORT recipe")
+    assert row.notes == ("quantize_dynamic: INT8 weights",)
+    assert row.wall_s > 0 < row.cpu_s
+    assert 0 < row.size_bytes < contested.found.row(ORIGINAL).size_bytes
 
 
-def test_a_peer_that_cannot_take_a_batch_is_out_with_its_reason(folder: Path, tmp_path: Path, cheap: None) -> None:
-    model = onnx.load(folder / "model.onnx")
-    for value in (*model.graph.input, *model.graph.output):
-        value.type.tensor_type.shape.dim[0].dim_value = 1
-    onnx.save(model, tmp_path / "fixed.onnx")
-    found = held(folder, tmp_path, answering("Fixed", tmp_path / "fixed.onnx"))
-    assert re.match(r"does not run: .*Expected: 1", found.row("Fixed").failure)
+def test_a_peer_with_other_answers_breaks_the_promise(contested: Contest) -> None:
+    wrong = contested.found.row("Wrong")
+    assert (wrong.promise, wrong.notes) == ("broken", ("made elsewhere",))
+    assert contested.found.row(OURS).promise == "kept"  # 100 samples cannot show 0.99
+    assert "it breaks the promise" in summary([contested.found])
+
+
+def test_a_peer_that_cannot_take_a_batch_is_out_with_its_reason(contested: Contest) -> None:
+    assert re.match(r"(?s)does not run: .*Expected: 1", contested.found.row("Fixed").failure)
 
 
 def test_an_optimizer_that_fails_is_shown(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,10 +316,11 @@ def test_convolutions_are_quantized_statically(tmp_path: Path) -> None:
     onnx.save(onnx.helper.make_model(graph, opset_imports=opset, ir_version=8), tmp_path / "model.onnx")
     np.savez(tmp_path / "data.npz", x=np.random.default_rng(0).standard_normal((4, 1, 6, 6)).astype(np.float32))
     assert is_convolutional(str(tmp_path / "model.onnx"))
-    made = ask_peer(PEERS["ort"], tmp_path / "model.onnx", tmp_path / "data.npz", HOST, tmp_path / "out", 60)
-    assert made.notes == ("quantize_static: QDQ, MinMax, per channel, U8S8",)
-    assert "QuantizeLinear" in op_counts(onnx.load(made.model))
-    assert made.options == ORT_DEFAULTS
+    request = {"model": str(tmp_path / "model.onnx"), "data": str(tmp_path / "data.npz")}
+    (tmp_path / "out").mkdir()
+    made = ort_recipe.quantized({**request, "output": str(tmp_path / "out"), "int8_dot": False})
+    assert made["notes"] == ["quantize_static: QDQ, MinMax, per channel, U8S8", "7-bit weights"]
+    assert "QuantizeLinear" in op_counts(onnx.load(made["model"]))
 
 
 def test_complete_tensors_are_fed_as_they_are(tmp_path: Path) -> None:

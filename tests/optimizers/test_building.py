@@ -17,11 +17,12 @@ from optimizers.calibration import Samples
 from optimizers.evidence import HeldOut, run_singly
 from optimizers.exam import Exam
 from optimizers.fidelity import decision_for
-from optimizers.isolation import SERVING, Form, Probe, Workshop
+from optimizers.isolation import SERVING, Form, Probe, Workshop, nursery_of_passes
 from optimizers.measurement import Comparison
+from optimizers.nursery import Nursery
 from optimizers.passes import Effect, PassContext, PassResult, PassSpec, copy_of
 from optimizers.racing import Track
-from optimizers.report import Speed
+from optimizers.records import Speed
 from optimizers.store import Store
 from server.artifact import digest_of
 from server.host import read_host
@@ -173,7 +174,8 @@ class Bench:
         calibration = Samples({"x": x[: len(x) // 2]}, len(x) // 2, batched=True)
         self.context = PassContext(read_host(), calibration.batches(8), work=folder)
         probe = Probe(singles[:4], {name: array[:4] for name, array in reference.items()})
-        self.workshop = Workshop(self.store, self.context, probe, "inputs")
+        self.nursery = nursery_of_passes()
+        self.workshop = Workshop(self.store, self.nursery, self.context, probe, "inputs")
         self.line = Line(self.original, self.workshop)
         self.exam = Exam(self.samples, "search", "samples", max(rows), 1, self.store, "host")
 
@@ -182,6 +184,7 @@ class Bench:
         return Track(self.model, self.singles, self.rows, self.store, "host")
 
     def close(self) -> None:
+        self.nursery.close()
         if "track" in self.__dict__:
             self.track.close()
 
@@ -189,11 +192,11 @@ class Bench:
 def without_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run passes without a child process each: what isolation adds has its own tests, and costs a second."""
 
-    def spawn(folder: Path, workshop: Workshop) -> str:
+    def run(_: Nursery, folder: Path, *limits: float) -> str:
         isolation.main(str(folder))
         return ""
 
-    monkeypatch.setattr(isolation, "_spawn", spawn)
+    monkeypatch.setattr(Nursery, "run", run)
 
 
 @pytest.fixture
@@ -261,8 +264,10 @@ def test_failure_of_the_last_pass_needs_no_label(bench: Bench):
 
 
 def test_crash_of_a_child_process_is_a_failure(mlp: Path, tmp_path: Path):
-    line = Bench(mlp, tmp_path).line  # with real child processes
-    assert line.build("a", (Crash(), Light(8)), "int8").failure == "crash: its process was killed by signal 11"
+    bench = Bench(mlp, tmp_path)  # with real child processes
+    built = bench.line.build("a", (Crash(), Light(8)), "int8")
+    bench.close()
+    assert built.failure == "crash: its process was killed by signal 11"
 
 
 def test_lossy_pass_that_changes_nothing_is_a_failure(bench: Bench):

@@ -89,6 +89,7 @@ def test_inspect_says_why_each_candidate_was_kept_or_refused(artifact: Path):
     result = run(inspect, artifact)
     assert result.exit_code == 0
     assert "original-1thread is" in result.stdout
+    assert "search samples only" in result.stdout
 
 
 def test_verify_proves_every_variant_again(artifact: Path):
@@ -140,6 +141,18 @@ def test_verify_names_a_device_that_is_not_here(artifact: Path, tmp_path: Path, 
     result = run(verify, copy)
     assert result.exit_code == 1
     assert "FAILED fp32-cuda: no cuda device is usable here" in result.stdout
+    assert "ok     fp32 on cpu" in result.stdout
+
+
+def test_verify_refuses_a_build_for_another_cpu(artifact: Path, tmp_path: Path):
+    copy = tmp_path / "mlp" / "1"
+    shutil.copytree(artifact, copy)
+    (variant,) = read_artifact(copy).variants
+    bound = msgspec.structs.replace(variant, name="fp32-host", host_bound=True, host="another")
+    edit_manifest(copy, variants=(bound, variant))
+    result = run(verify, copy)
+    assert result.exit_code == 1
+    assert "FAILED fp32-host: it was built for another kind of host" in result.stdout
     assert "ok     fp32 on cpu" in result.stdout
 
 

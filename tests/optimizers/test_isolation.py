@@ -6,6 +6,8 @@ import re
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,8 @@ from msgspec.structs import replace
 
 from optimizers.errors import PassFailed
 from optimizers.evidence import run_singly
-from optimizers.isolation import Finding, Form, Probe, Workshop, run_isolated
+from optimizers.isolation import Finding, Form, Probe, Workshop, nursery_of_passes, run_isolated
+from optimizers.nursery import Nursery
 from optimizers.passes import Effect, PassContext, PassResult, PassSpec, copy_of
 from optimizers.store import Store
 from server.artifact import SessionOptions, digest_of
@@ -176,12 +179,19 @@ class NotANumber(Step):
         return PassResult(twin, changed=True)
 
 
+@pytest.fixture(scope="module")
+def nursery() -> Iterator[Nursery]:
+    """One for all tests of this module: whatever a job does, the next one must find it whole."""
+    with closing(nursery_of_passes()) as made:
+        yield made
+
+
 @pytest.fixture
-def workshop(mlp: Path, tmp_path: Path) -> Workshop:
+def workshop(mlp: Path, tmp_path: Path, nursery: Nursery) -> Workshop:
     rng = np.random.default_rng(0)
     singles = tuple({"x": rng.standard_normal((1, 64)).astype(np.float32)} for _ in range(4))
     probe = Probe(singles, run_singly(Session(mlp, CPU, SessionOptions()), singles))
-    return Workshop(Store(tmp_path / "store"), PassContext(read_host(), work=tmp_path), probe, "inputs")
+    return Workshop(Store(tmp_path / "store"), nursery, PassContext(read_host(), work=tmp_path), probe, "inputs")
 
 
 def form_of(model: Path) -> Form:

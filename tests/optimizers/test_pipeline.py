@@ -232,7 +232,9 @@ def test_candidate_below_the_wanted_agreement_is_refused_and_not_written(
     monkeypatch.setattr(pipeline, "roots_for", lambda *_: (root,))
     np.savez(tmp_path / "data.npz", x=np.random.default_rng(0).standard_normal((120, 64)).astype(np.float32))
     strict = msgspec.structs.replace(RECIPE, min_agreement=1.0)
-    made = optimize(request_for(mlp, tmp_path / "models", calibration=tmp_path / "data.npz", recipe=strict))
+    made = optimize(
+        request_for(mlp, tmp_path / "models", calibration=tmp_path / "data.npz", recipe=strict, time_budget_s=10.0)
+    )
     (record,) = (record for record in read_report(made.folder).candidates if record.name == "coarser")
     assert record.verdict == "refused"
     assert re.match(r"agreement 0\.\d+ < 1 \(n=64|agreement at most 0\.\d+ \(95 %\)", record.reason)

@@ -18,7 +18,8 @@ from optimizers import pipeline, racing, trial
 from optimizers.measurement import Race, RacePlan, Sample
 from optimizers.passes.sanitize import Sanitize
 from optimizers.passes.simplify import Simplify
-from optimizers.report import Report, read_report
+from optimizers.records import Report
+from optimizers.report import read_report
 from server.artifact import Artifact, read_artifact
 from server.session import Session
 from tests.models import save_mlp

@@ -5,8 +5,8 @@ What makes the numbers comparable:
 * Interleaved and shuffled. A round visits every session and batch size; speed-ups are medians of *paired* ratios (the
   two runs of one round), with a 95 % interval from order statistics, which assumes no distribution.
 * Apart. Worker threads of a session that spins keep burning a core for about 40 ms after its last run (onnxruntime's
-  default; measured). Sessions that spin run in their own block of the round, and the others wait until those threads
-  sleep; otherwise the baseline would slow the candidates down.
+  default; measured). Each session that spins runs in a block of its own, and the others wait until its threads sleep;
+  otherwise the baseline would slow the candidates down, and two that spin each other.
 * Warm. The first run of each session and batch size is discarded, and cheap runs are repeated within a sample until it
   lasts a millisecond.
 
@@ -29,6 +29,9 @@ Verdict = Literal["faster", "slower", "indistinguishable"]
 Cell = tuple[str, int]
 """A session's name and a batch size."""
 
+METHOD = 2
+"""Raised whenever races are measured in another way, so that results of different ways are not mixed."""
+
 _Z95 = 1.959964
 _LONG_RUN_S = 0.1
 
@@ -50,7 +53,7 @@ class RacePlan(msgspec.Struct, frozen=True):
         least_rounds: Rounds even for the slowest batch size.
         max_rounds: Rounds at most.
         sample_s: Least duration of one sample; shorter runs are repeated within it.
-        settle_s: Pause after a block of sessions that spin.
+        settle_s: Pause after each session that spins.
         seed: Seed of the order within rounds.
     """
 
@@ -162,7 +165,7 @@ def race(
     """
     plan = plan or RacePlan()
     cost_s = {(name, rows): _warm_up(sessions[name], batch) for rows, batch in batches.items() for name in sessions}
-    rounds = _rounds_per_size(cost_s, sorted(batches), plan, pauses=not spinning.isdisjoint(sessions))
+    rounds = _rounds_per_size(cost_s, sorted(batches), plan, pauses=len(spinning.intersection(sessions)))
     samples: dict[Cell, list[Sample]] = {cell: [] for cell in cost_s}
     generator = np.random.default_rng(plan.seed)
     total = max(rounds.values())
@@ -205,13 +208,13 @@ def _warm_up(session: Runner, batch: Tensors) -> float:
 
 
 def _rounds_per_size(
-    cost_s: Mapping[Cell, float], sizes: Sequence[int], plan: RacePlan, *, pauses: bool
+    cost_s: Mapping[Cell, float], sizes: Sequence[int], plan: RacePlan, *, pauses: int
 ) -> dict[int, int]:
     """Share the budget: an equal part for each batch size, so that small ones get many rounds and large ones few."""
     part_s, most = plan.budget_s / len(sizes), plan.max_rounds
     if pauses:
-        # Every round ends with a pause; pauses may take half of the budget.
-        most = min(most, max(plan.min_rounds, int(plan.budget_s / 2 / plan.settle_s)))
+        # Every round holds that many pauses; they may take half of the budget.
+        most = min(most, max(plan.min_rounds, int(plan.budget_s / 2 / (pauses * plan.settle_s))))
     rounds = {}
     for size in sizes:
         round_s = sum(max(cost, plan.sample_s) for (_, rows), cost in cost_s.items() if rows == size)
@@ -228,8 +231,8 @@ def _takes_part(number: int, rounds: int, total: int) -> bool:
 
 
 def _blocks(sessions: Mapping[str, Runner], spinning: frozenset[str], *, swap: bool) -> list[list[str]]:
-    """Split the sessions into those that spin and those that do not; every other round starts with the other block."""
-    blocks = [[n for n in sessions if n in spinning], [n for n in sessions if n not in spinning]]
+    """Give each session that spins a block of its own, and the others one; every other round runs in reverse."""
+    blocks = [*([name] for name in sessions if name in spinning), [n for n in sessions if n not in spinning]]
     blocks = [block for block in blocks if block]
     return blocks[::-1] if swap else blocks
 

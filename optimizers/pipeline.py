@@ -29,8 +29,7 @@ from optimizers.nursery import Nursery
 from optimizers.pareto import Policy
 from optimizers.passes import Pass, PassContext
 from optimizers.passes.catalog import BY_NAME, EXACT, step_of
-from optimizers.passes.cpu_build import CpuBuild
-from optimizers.passes.session_fusions import DISABLED_ENTRY
+from optimizers.passes.cpu_build import DISABLED_OPTIMIZERS, CpuBuild
 from optimizers.predictor import Experience, Features, add_experiences, features_of, in_order, read_experiences
 from optimizers.publish import Edition, move_into_place, publish
 from optimizers.racing import Track
@@ -234,7 +233,7 @@ class _Run:
             listed = tuple(self._listed(line, plan, observe) for plan in self.recipe.variants)
             return _Searched(Found((), (), {}), listed)
         fp32 = build_exact(line, track, EXACT, self.recipe.seed, _part(observe, 0.0, 0.2))
-        left_out = fp32.options.config.get(DISABLED_ENTRY, "")
+        left_out = fp32.options.config.get(DISABLED_OPTIMIZERS, "")
         cpu_build = CpuBuild(disabled=tuple(left_out.split(";")) if left_out else ())
         host_build = line.build(_HOST_BUILD, (*fp32.chain, cpu_build), "fp32", exact=True)
         features = features_of(op_counts(load_model(fp32.model)), fp32.size_bytes, track.quick_ms(fp32))

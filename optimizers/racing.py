@@ -15,7 +15,7 @@ import msgspec
 from optimizers.building import Built
 from optimizers.evidence import join
 from optimizers.graph import files_of
-from optimizers.measurement import Race, RacePlan, Sample, race
+from optimizers.measurement import METHOD, Race, RacePlan, Sample, race
 from optimizers.records import ORIGINAL
 from optimizers.search import Knobs
 from optimizers.store import Store, joint_digest, key_of
@@ -128,7 +128,7 @@ class Track:
             InferenceFailed: If a session fails on a batch.
         """
         shapes = [(rows, {name: array.shape for name, array in self.batches[rows].items()}) for rows in sizes]
-        key = key_of("race", [(label, self._identity[label]) for label in labels], shapes, plan, self._host)
+        key = key_of("race", METHOD, [(label, self._identity[label]) for label in labels], shapes, plan, self._host)
         found = self._store.read(key, _RESULT)
         if found is not None:
             result = msgspec.json.decode(found, type=_Result)

@@ -6,10 +6,8 @@ import msgspec
 import onnx
 
 from optimizers.passes import PassContext, PassResult, PassSpec
+from optimizers.passes.cpu_build import DISABLED_OPTIMIZERS
 from server.artifact import SessionOptions
-
-DISABLED_ENTRY = "optimization.disable_specified_optimizers"
-"""Session entry: names of onnxruntime's optimizers to leave out, separated by semicolons."""
 
 _FORMED_FROM = {"SkipLayerNormFusion": "LayerNormalization"}
 
@@ -33,5 +31,5 @@ class SessionFusions(msgspec.Struct, frozen=True):
         useful = [name for name in self.disabled if _FORMED_FROM.get(name, "") in present or name not in _FORMED_FROM]
         if not useful:
             return PassResult(model, changed=False, note="no operator that these fusions start from")
-        options = SessionOptions(config={DISABLED_ENTRY: ";".join(useful)})
+        options = SessionOptions(config={DISABLED_OPTIMIZERS: ";".join(useful)})
         return PassResult(model, changed=True, counts=dict.fromkeys(useful, 1), note="left out", options=options)

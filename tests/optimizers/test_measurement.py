@@ -94,6 +94,19 @@ def test_sessions_that_spin_run_in_a_block_of_their_own_followed_by_a_pause(cloc
         assert spinning in ([0, 1], [4, 5])
 
 
+def test_two_sessions_that_spin_never_share_a_block(clock: Clock):
+    log: list[tuple[str, int]] = []
+    workers = {name: Worker(name, clock, 0.01, log) for name in ("original", "a", "two", "b")}
+    plan = RacePlan(budget_s=0.0, least_rounds=4, min_rounds=4)
+    race(workers, BATCHES, frozenset({"original", "two"}), plan)
+    assert clock.pauses == 8
+    for number in range(4):
+        names = [name for name, _ in log[24 + 8 * number : 32 + 8 * number]]
+        for spinner in ("original", "two"):
+            first = names.index(spinner)
+            assert names[first : first + 2] == [spinner] * 2
+
+
 def test_pauses_take_at_most_half_of_the_budget(clock: Clock):
     plan = RacePlan(budget_s=2.0, settle_s=0.05, max_rounds=60)
     race({"original": Worker("original", clock, 0.001, [])}, {1: BATCHES[1]}, frozenset({"original"}), plan)

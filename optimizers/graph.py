@@ -2,7 +2,7 @@
 
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -170,6 +170,15 @@ def tensors_of(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
             if attribute.type == onnx.AttributeProto.TENSOR:
                 yield attribute.t
             yield from attribute.tensors
+
+
+def free_name(wish: str, taken: Container[str]) -> str:
+    """Return this name, or one like it that is not taken."""
+    name, number = wish, 1
+    while name in taken:
+        number += 1
+        name = f"{wish}_{number}"
+    return name
 
 
 def weight_bytes(model: onnx.ModelProto) -> int:

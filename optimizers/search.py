@@ -12,10 +12,9 @@ The rules, in order:
    keep it.
 4. The served variants: the best by the objective first, then at most one other lossy one that no other dominates, then
    the exact forms: the fastest, and last a portable one, which opens everywhere.
-5. Session. A served variant is opened otherwise than with one thread that does not spin when that is faster by rule 3
-   and costs at most ``MAX_CPU_RATIO`` of the CPU time per row: beyond that, the same cores answer more requests with
-   one thread each. But for ``latency`` nobody may be worse off than with the original as onnxruntime opens it by
-   default: where the choice is slower than that, the fastest setting is taken, whatever it costs.
+5. Session. A served variant is opened otherwise than with one thread that does not spin when that is faster by rule 3.
+   For ``latency`` the fastest setting is taken, whatever it costs. For the other objectives it may cost at most
+   ``MAX_CPU_RATIO`` of the CPU time per row: beyond that, the same cores answer more requests with one thread each.
 """
 
 import math
@@ -26,6 +25,7 @@ import msgspec
 from optimizers.measurement import Comparison, Race
 from optimizers.measurement import Verdict as Speed
 from optimizers.pareto import Policy, Standing, gain, pareto
+from optimizers.recipe import Objective
 from server.artifact import Fidelity
 
 DECIDING_ROWS = (1, 8)
@@ -228,10 +228,7 @@ def judge(
 
 
 def choose_knobs(
-    variant: str,
-    plain: Knobs,
-    alternatives: Mapping[Knobs, Sequence[Comparison]],
-    against_defaults: Mapping[Knobs, Sequence[Comparison]] | None = None,
+    variant: str, plain: Knobs, alternatives: Mapping[Knobs, Sequence[Comparison]], objective: Objective = "throughput"
 ) -> KnobChoice:
     """Apply rule 5.
 
@@ -239,30 +236,23 @@ def choose_knobs(
         variant: The variant's name, for the record.
         plain: The setting of the races: one thread that does not spin.
         alternatives: Other settings -> the variant so set against itself with the plain ones, at the deciding sizes.
-        against_defaults: Every setting, the plain one included -> the variant so set against the original as
-            onnxruntime opens it by default; ``None`` where latency is not what counts.
+        objective: What is wanted.
     """
     if not alternatives:
         return KnobChoice(variant, plain, f"{plain}: nothing else was measured")
+    most = math.inf if objective == "latency" else MAX_CPU_RATIO
     reasons, best = [], (1.0, plain)
     for knobs, comparisons in alternatives.items():
         speed, cost = speed_of(comparisons), max(c.cpu_ratio for c in comparisons)
         seen = f"{knobs}: {', '.join(str(c) for c in comparisons)} for {cost:.2f}x of the CPU time per row"
         if speed != "faster":
             reasons.append(f"{seen}, {speed}")
-        elif cost > MAX_CPU_RATIO:
-            reasons.append(f"{seen}, more than {MAX_CPU_RATIO}x")
+        elif cost > most:
+            reasons.append(f"{seen}, more than {most}x")
         else:
             reasons.append(seen)
             best = max(best, (mean_speedup(comparisons), knobs), key=lambda pair: pair[0])
-    chosen, why = best[1], ""
-    if against_defaults and speed_of(against_defaults[chosen]) == "slower":
-        fastest = max(against_defaults, key=lambda knobs: mean_speedup(against_defaults[knobs]))
-        behind = ", ".join(str(c) for c in against_defaults[chosen])
-        if fastest != chosen:
-            why = f" since {chosen} is {behind} of the original with onnxruntime's defaults"
-            chosen = fastest
-    return KnobChoice(variant, chosen, f"{chosen} chosen{why}; " + "; ".join(reasons))
+    return KnobChoice(variant, best[1], f"{best[1]} chosen; " + "; ".join(reasons))
 
 
 def unfaithful(fidelity: Fidelity, gate: Gate) -> str:

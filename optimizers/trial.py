@@ -227,7 +227,7 @@ class Trial:
                     tried[name][knobs] = self._track.enter(built, knobs)
                 except SlipstreamError:
                     continue  # an alternative only: the plain settings are proven
-        labels = [ORIGINAL, *kept, *(label for options in tried.values() for label in options.values())]
+        labels = [*kept, *(label for options in tried.values() for label in options.values())]
         rows = deciding_rows(race.rows)
         second = self._race(labels, rows, 0.2, "race of session settings", 0.7)
         choices = {name: self._choose(name, tried[name], second, rows) for name in kept}
@@ -236,11 +236,7 @@ class Trial:
     def _choose(self, name: str, tried: dict[Knobs, str], second: Race, rows: Sequence[int]) -> KnobChoice:
         plain = Knobs(graph_level=self._built[name].options.graph_level)
         others = {knobs: _against(second, label, name, rows) for knobs, label in tried.items()}
-        against_defaults = None
-        if self._plan.policy.objective == "latency" and others:
-            labels = {plain: name, **tried}
-            against_defaults = {k: _against(second, label, ORIGINAL, rows) for k, label in labels.items()}
-        return choose_knobs(served_name(name), plain, others, against_defaults)
+        return choose_knobs(served_name(name), plain, others, self._plan.policy.objective)
 
     def _final(
         self,

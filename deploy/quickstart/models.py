@@ -25,6 +25,8 @@ class QuickstartModel:
             the second is a folder for what is thrown away.
         sources: The modules whose change makes the files stale.
         budget: Options of ``slipstream optimize`` that say how far the optimized model may differ.
+        effort: Its options that say what counts and how much may be tried: a server answers many clients, and a first
+            start should take minutes.
     """
 
     name: str
@@ -33,6 +35,10 @@ class QuickstartModel:
     prepare: Callable[[Path, Path], None]
     sources: tuple[ModuleType, ...]
     budget: tuple[str, ...] = ()
+    effort: tuple[str, ...] = (
+        *("--objective", "throughput"),
+        *("--time-budget", "90", "--compressions", "none", "--precisions", "fp32,fp16,int8"),
+    )
 
     @property
     def stamp(self) -> str:
@@ -113,4 +119,4 @@ def optimize_arguments(model: QuickstartModel, folder: Path, repository: Path) -
     arguments += ["--calibration", str(folder / "data.npz")]
     if (folder / "labels.npz").is_file():
         arguments += ["--labels", str(folder / "labels.npz")]
-    return [*arguments, *model.budget]
+    return [*arguments, *model.budget, *model.effort]

@@ -10,7 +10,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST
 
-from optimizers.graph import opset_of
+from optimizers.graph import free_name, opset_of
 from optimizers.passes import copy_of
 from optimizers.passes.settle import settle
 
@@ -191,9 +191,6 @@ class _Draft:
         self._nodes.append(helper.make_node("Cast", [source], [target], name=name, to=element))
 
     def _free(self, wish: str) -> str:
-        name, number = wish, 1
-        while name in self._taken:
-            number += 1
-            name = f"{wish}_{number}"
+        name = free_name(wish, self._taken)
         self._taken.add(name)
         return name

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from optimizers.graph import nodes_of
+from optimizers.graph import free_name, nodes_of
 from server.tensors import Array
 
 _HOMOGENEOUS = frozenset({"Identity", "LeakyRelu", "PRelu", "Relu"})
@@ -110,10 +110,7 @@ class Constants:
 
     def free_name(self, wish: str) -> str:
         """Return a name like this one that nothing in the model has, and take it."""
-        name, number = wish, 1
-        while name in self._taken:
-            number += 1
-            name = f"{wish}_{number}"
+        name = free_name(wish, self._taken)
         self._taken.add(name)
         return name
 

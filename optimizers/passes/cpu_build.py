@@ -119,11 +119,6 @@ def foreign_counts(after: onnx.ModelProto, before: onnx.ModelProto) -> dict[str,
     return {name: count for name, count in sorted(found.items()) if count > 0 and ":" in name}
 
 
-def built_for(model: onnx.ModelProto) -> str:
-    """Return the fingerprint of the CPU that a model was built for; nothing for a portable model."""
-    return _properties(model).get(BUILT_FOR, "")
-
-
 def _properties(model: onnx.ModelProto) -> dict[str, str]:
     return {entry.key: entry.value for entry in model.metadata_props}
 

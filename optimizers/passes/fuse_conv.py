@@ -11,7 +11,7 @@ import onnx_ir as ir
 from onnxscript.rewriter import MatchResult, RewriteRule
 from onnxscript.rewriter.rules.common import fuse_pad_into_conv_rule, normalize_pad_format_conv_rule
 
-from optimizers.passes.rules import Rule, constant, free_name, made_by, refused, scalar, tensor_like, weight
+from optimizers.passes.rules import Rule, constant, made_by, refused, scalar, tensor_like, weight, weight_name
 from server.tensors import Array
 
 _DEFAULT_EPSILON = 1e-5  # of BatchNormalization
@@ -194,8 +194,8 @@ def _with_weights(op: Any, conv: ir.Node, kernel: Array, bias: Array, x: ir.Valu
     name = conv.outputs[0].name
     fused = getattr(op, conv.op_type)(
         conv.inputs[0] if x is None else x,
-        op.initializer(tensor_like(kernel, conv.inputs[1]), free_name(conv, f"{name}_weight")),
-        op.initializer(tensor_like(bias, conv.inputs[1]), free_name(conv, f"{name}_bias")),
+        op.initializer(tensor_like(kernel, conv.inputs[1]), weight_name(conv, f"{name}_weight")),
+        op.initializer(tensor_like(bias, conv.inputs[1]), weight_name(conv, f"{name}_bias")),
         **conv.attributes,
     )
     fused.producer().name = conv.name

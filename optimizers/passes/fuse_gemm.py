@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 from onnxscript.rewriter import MatchResult, RewriteRule
 
-from optimizers.passes.rules import Rule, axis_size, constant, free_name, made_by, rank, refused, tensor_like, weight
+from optimizers.passes.rules import Rule, axis_size, constant, made_by, rank, refused, tensor_like, weight, weight_name
 
 _DEFAULT_EPSILON = 1e-5  # of BatchNormalization
 
@@ -73,9 +73,9 @@ class GemmBatchNormalization(Rule):
             x,
             op.initializer(
                 tensor_like(columns * (scale[:, None] if transposed else scale), gemm.inputs[1]),
-                free_name(gemm, f"{name}_weight"),
+                weight_name(gemm, f"{name}_weight"),
             ),
-            op.initializer(tensor_like(bias, gemm.inputs[1]), free_name(gemm, f"{name}_bias")),
+            op.initializer(tensor_like(bias, gemm.inputs[1]), weight_name(gemm, f"{name}_bias")),
             **kept,
         )
         fused.producer().name = gemm.name

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Collection, Container
+from collections.abc import Collection
 from graphlib import TopologicalSorter
 
 import numpy as np
@@ -11,7 +11,7 @@ from onnx import numpy_helper
 from onnxruntime.quantization.quant_utils import add_pre_process_metadata
 
 from optimizers.errors import PassFailed
-from optimizers.graph import nodes_of, opset_of
+from optimizers.graph import free_name, nodes_of, opset_of
 from optimizers.passes import copy_of
 from optimizers.passes.opset import OLDEST_OPSET
 from optimizers.passes.settle import settle
@@ -157,7 +157,7 @@ def untie_weights(model: onnx.ModelProto) -> int:
         copies += 1
         own = model.graph.initializer.add()
         own.CopyFrom(weights[shared])
-        own.name = _free_name(f"{shared}_of_{node.name or node.output[0]}", weights)
+        own.name = free_name(f"{shared}_of_{node.name or node.output[0]}", weights)
         weights[own.name] = own
         readers[shared] -= 1
         node.input[1] = own.name
@@ -184,7 +184,7 @@ def flatten_biases(model: onnx.ModelProto) -> int:
             continue  # one element per row of a fixed batch
         rewritten += 1
         flat = np.broadcast_to(numpy_helper.to_array(bias).reshape(-1), (channels,))
-        own = numpy_helper.from_array(flat.copy(), _free_name(f"{bias.name}_of_{node.name or node.output[0]}", weights))
+        own = numpy_helper.from_array(flat.copy(), free_name(f"{bias.name}_of_{node.name or node.output[0]}", weights))
         model.graph.initializer.append(own)
         weights[own.name] = own
         node.input[2] = own.name
@@ -200,7 +200,7 @@ def _name_nodes(model: onnx.ModelProto) -> None:
     taken = {node.name for node in model.graph.node}
     for index, node in enumerate(model.graph.node):
         if not node.name:
-            node.name = _free_name(f"{node.op_type}_{index}", taken)
+            node.name = free_name(f"{node.op_type}_{index}", taken)
             taken.add(node.name)
 
 
@@ -214,11 +214,3 @@ def _lift_constants(model: onnx.ModelProto) -> None:
             weight.CopyFrom(tensors[0])
             weight.name = node.output[0]
             model.graph.node.remove(node)
-
-
-def _free_name(wish: str, taken: Container[str]) -> str:
-    name, number = wish, 1
-    while name in taken:
-        number += 1
-        name = f"{wish}_{number}"
-    return name

@@ -17,7 +17,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from optimizers.errors import PassFailed
-from optimizers.graph import nodes_of
+from optimizers.graph import free_name, nodes_of
 from optimizers.passes import PassContext, copy_of
 from optimizers.passes.moments import InputMoments, input_moments
 from server.tensors import Array
@@ -124,11 +124,7 @@ class Weights:
         """Return the wish, or the wish and a number, as a name that no tensor has."""
         taken = self._readers.keys() | self._tensors.keys() | self._given
         taken |= {name for node in nodes_of(self.model) for name in node.output}
-        name, number = wish, 1
-        while name in taken:
-            number += 1
-            name = f"{wish}_{number}"
-        return name
+        return free_name(wish, taken)
 
 
 def editable(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -13,7 +13,7 @@ import onnx
 import onnx_ir as ir
 from onnxscript.rewriter import RULE_NAME_TAG, MatchResult, RewriteRule, RewriteRuleClassBase, RewriteRuleSet
 
-from optimizers.graph import nodes_of
+from optimizers.graph import free_name, nodes_of
 from server.tensors import Array
 
 _MOST_ROUNDS = 8
@@ -108,15 +108,10 @@ def made_by(value: ir.Value) -> ir.Node:
     return node
 
 
-def free_name(node: ir.Node, wish: str) -> str:
+def weight_name(node: ir.Node, wish: str) -> str:
     """Return a name for a new initializer beside a node; the rewriter would replace one of the same name."""
     graph = node.graph
-    taken = graph.initializers if isinstance(graph, ir.Graph) else {}
-    name, number = wish, 1
-    while name in taken:
-        number += 1
-        name = f"{wish}_{number}"
-    return name
+    return free_name(wish, graph.initializers if isinstance(graph, ir.Graph) else {})
 
 
 def tensor_like(array: Array, old: ir.Value | None) -> ir.TensorProtocol:

@@ -9,7 +9,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from optimizers.errors import PassFailed
-from optimizers.graph import nodes_of
+from optimizers.graph import free_name, nodes_of
 from optimizers.passes import Need, PassContext, PassResult, PassSpec, copy_of
 from optimizers.passes.int8 import weighted_nodes
 from server.tensors import Array
@@ -189,10 +189,7 @@ class _Draft:
         self._model.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(values), name))
 
     def _free(self, wish: str) -> str:
-        name, number = wish, 1
-        while name in self._taken:
-            number += 1
-            name = f"{wish}_{number}"
+        name = free_name(wish, self._taken)
         self._taken.add(name)
         return name
 

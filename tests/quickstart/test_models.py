@@ -58,9 +58,11 @@ def test_labels_and_budget_are_passed_when_there_are_any(tmp_path: Path) -> None
     assert optimize_arguments(MODEL, tmp_path, Path("models")) == [
         *("optimize", str(tmp_path / "model.onnx"), "--repository", "models", "--name", "m"),
         *("--calibration", str(tmp_path / "data.npz")),
+        *MODEL.effort,
     ]
     (tmp_path / "labels.npz").touch()
-    arguments = optimize_arguments(dataclasses.replace(MODEL, budget=("--x", "1")), tmp_path, Path("models"))
+    model = dataclasses.replace(MODEL, budget=("--x", "1"), effort=())
+    arguments = optimize_arguments(model, tmp_path, Path("models"))
     assert arguments[-4:] == ["--labels", str(tmp_path / "labels.npz"), "--x", "1"]
 
 

@@ -84,6 +84,7 @@ def _seconds(_context: click.Context, _parameter: click.Parameter, value: float)
     callback=_listed,
     help="List of low-rank, prune-channels, sparsity-2-4, or none.  [default: low-rank,prune-channels]",
 )
+@click.option("--portable", is_flag=True, default=None, help="No variant that opens on this kind of CPU only.")
 @click.option("--objective", type=click.Choice(get_args(Objective)), help="What counts.  [default: latency]")
 @click.option("--slo-ms", type=float, help="Wanted p99 of a run: a variant and its batches stay within it.")
 @click.option("--evaluator", default="", help="MODULE:FUNCTION(outputs, labels) -> metric, higher is better.")

@@ -233,14 +233,17 @@ class _Run:
             listed = tuple(self._listed(line, plan, observe) for plan in self.recipe.variants)
             return _Searched(Found((), (), {}), listed)
         fp32 = build_exact(line, track, EXACT, self.recipe.seed, _part(observe, 0.0, 0.2))
-        left_out = fp32.options.config.get(DISABLED_OPTIMIZERS, "")
-        cpu_build = CpuBuild(disabled=tuple(left_out.split(";")) if left_out else ())
-        host_build = line.build(_HOST_BUILD, (*fp32.chain, cpu_build), "fp32", exact=True)
+        exact = [fp32] if self.recipe.portable else [fp32, self._host_build(line, fp32)]
         features = features_of(op_counts(load_model(fp32.model)), fp32.size_bytes, track.quick_ms(fp32))
         found = self._explore(line, track, parts, answered, fp32, features, _part(observe, 0.2, 0.8))
-        on_cpu = [*(Appraisal(b, failure=b.failure) for b in (fp32, host_build)), *found.appraised]
+        on_cpu = [*(Appraisal(b, failure=b.failure) for b in exact), *found.appraised]
         gpu = on_gpu([a.built for a in on_cpu if not a.failure], self.devices)
         return _Searched(found, (*on_cpu, *map(Appraisal, gpu)), features)
+
+    def _host_build(self, line: Line, fp32: Built) -> Built:
+        left_out = fp32.options.config.get(DISABLED_OPTIMIZERS, "")
+        step = CpuBuild(disabled=tuple(left_out.split(";")) if left_out else ())
+        return line.build(_HOST_BUILD, (*fp32.chain, step), "fp32", exact=True)
 
     def _listed(self, line: Line, plan: VariantPlan, observe: Observe) -> Appraisal:
         observe(f"build {plan.name}", 0.5)

@@ -5,6 +5,7 @@
     precisions = ["fp32", "fp16", "int8"]
     compressions = ["low-rank", "prune-channels"]
     devices = ["cpu", "cuda"]
+    portable = false
     objective = "latency"
     min_agreement = 0.99
     max_accuracy_drop = 0.01
@@ -68,6 +69,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         devices: Where to serve; one that does not work on this host is left out.
         min_agreement: Least share of held-out samples on which a variant decides as the original, 0 to 1.
         max_accuracy_drop: Largest loss of task accuracy against labels, 0 to 1.
+        portable: Whether no variant may be bound to this kind of CPU, for artifacts that travel.
         objective: What the first choice is the best in.
         slo_ms: Wanted p99 latency of one request in milliseconds; ``None`` sets no limit.
         batch_rows: Batch sizes to measure, ascending, from 1.
@@ -81,6 +83,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     precisions: tuple[Precision, ...] = ("fp32", "fp16", "bf16", "int8", "int4")
     compressions: tuple[Compression, ...] = ("low-rank", "prune-channels")
     devices: tuple[Target, ...] = ("cpu", "cuda")
+    portable: bool = False
     objective: Objective = "latency"
     min_agreement: float = 0.99
     max_accuracy_drop: float = 0.01

@@ -20,7 +20,8 @@ from server.providers import CPU
 from tests import models
 from tests.artifacts import edit_manifest, write_plain
 
-FAST = ["--precisions", "fp32", "--compressions", "none", "--devices", "cpu", "--time-budget", "0.1"]
+FAST = ["--precisions", "fp32", "--compressions", "none", "--devices", "cpu", "--portable"]
+FAST += ["--time-budget", "0.1"]
 
 
 def run(command: object, *arguments: object) -> Result:
@@ -234,7 +235,9 @@ def test_recipe_with_an_unknown_key_is_refused_with_the_known_ones(mlp: Path, tm
 
 
 def test_options_win_over_the_recipe(first: tuple[Path, Path, Result], artifact: Path, tmp_path: Path):
-    (tmp_path / "recipe.toml").write_text('precisions = ["int8"]\ncompressions = []\ndevices = ["cpu"]\n')
+    (tmp_path / "recipe.toml").write_text(
+        'precisions = ["int8"]\ncompressions = []\nportable = false\ndevices = ["cpu"]\n'
+    )
     recipe, repository = tmp_path / "recipe.toml", first[1]
     result = run(optimize, first[0], "--repository", repository, "--name", "mlp", "--recipe", recipe, *FAST)
     assert f"up to date: {artifact}" in result.stdout

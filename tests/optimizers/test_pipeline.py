@@ -40,6 +40,7 @@ RECIPE = Recipe(
     holdout_samples=64,
     min_agreement=0.9,
     devices=("cpu",),
+    portable=True,
 )
 EXACT_ONLY = msgspec.structs.replace(RECIPE, precisions=("fp32",))
 

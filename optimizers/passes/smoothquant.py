@@ -1,6 +1,5 @@
 """SmoothQuant: outliers of activations are moved into the weights, which bear them better."""
 
-import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,17 +11,12 @@ import onnx
 from onnx import helper
 
 from optimizers.errors import PassFailed
-from optimizers.graph import save_model
 from optimizers.passes import PassContext, PassResult, PassSpec, copy_of
 from optimizers.passes.channels import Constants, Division, Scaling, Wiring, attribute_of, standard
+from optimizers.passes.moments import observed
 from optimizers.passes.settle import settle
-from server.artifact import SessionOptions
-from server.errors import SlipstreamError
-from server.providers import Device
-from server.session import Session
 from server.tensors import Array, Tensors
 
-_PLAIN = SessionOptions(intra_op_threads=0, graph_level="disable")
 _LEAST_SHARE = 1e-6  # a channel below this share of the largest one says nothing about its real scale
 
 
@@ -102,23 +96,10 @@ def channel_maxima(
     Raises:
         PassFailed: If the model does not run on the batches.
     """
-    given = {value.name for value in model.graph.input}
-    declared = {value.name for value in model.graph.output}
-    wanted = tuple(name for name in tensors if name not in given)
-    twin = copy_of(model)
-    twin.graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted if name not in declared)
     maxima: dict[str, Array] = {}
-    with tempfile.TemporaryDirectory(dir=work) as folder:
-        path = Path(folder) / "observed.onnx"
-        save_model(twin, path)
-        try:
-            session = Session(path, Device("cpu"), _PLAIN)
-            for batch in batches:
-                seen = session.run(batch, wanted) if wanted else {}
-                for name in tensors:
-                    _raise_maxima(maxima, name, batch[name] if name in given else seen[name])
-        except SlipstreamError as exc:
-            raise PassFailed(f"the model does not run on the calibration data: {exc}") from exc
+    for values in observed(model, tensors, batches, work):
+        for name in tensors:
+            _raise_maxima(maxima, name, values[name])
     return maxima
 
 

@@ -27,7 +27,7 @@ from optimizers.passes.catalog import label_of
 from optimizers.racing import Track
 from optimizers.records import StepRecord
 from optimizers.roots import Root
-from optimizers.search import LEAST_GAIN, Gate, deciding_rows, mean_speedup
+from optimizers.search import LEAST_GAIN, Gate, best_speedup, racing_rows
 from optimizers.sensitivity import LayerSensitivity
 from server.artifact import Fidelity
 from server.errors import SlipstreamError
@@ -62,8 +62,8 @@ class Appraisal(msgspec.Struct, frozen=True):
 
     @property
     def speedup(self) -> float:
-        """Mean speed-up."""
-        return mean_speedup(self.speed)
+        """Its speed-up where it has the most: for small batches, or for the largest."""
+        return best_speedup(self.speed)
 
 
 class Quest(msgspec.Struct, frozen=True):
@@ -177,7 +177,7 @@ class Explorer:
 
     def _race(self, label: str) -> tuple[Comparison, ...]:
         baseline = self._track.enter(self._quest.baseline)
-        rows = deciding_rows(tuple(self._track.batches))
+        rows = racing_rows(tuple(self._track.batches))
         plan = RacePlan(budget_s=_RACE_S, min_rounds=7, least_rounds=5, max_rounds=25, seed=self._quest.seed)
         raced = self._track.race([baseline, label], rows, plan, lambda _: None)
         return tuple(raced.compare(label, baseline, r) for r in rows)

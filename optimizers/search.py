@@ -133,6 +133,23 @@ def deciding_rows(measured: Sequence[int]) -> tuple[int, ...]:
     return tuple(rows for rows in DECIDING_ROWS if rows in measured) or (min(measured),)
 
 
+def racing_rows(measured: Sequence[int]) -> tuple[int, ...]:
+    """Return the deciding batch sizes and the largest one, at which a variant for large batches shows its gain."""
+    return tuple(sorted({*deciding_rows(measured), max(measured)}))
+
+
+def deciding(comparisons: Sequence[Comparison]) -> tuple[Comparison, ...]:
+    """Return those at the deciding batch sizes."""
+    rows = deciding_rows([c.rows for c in comparisons]) if comparisons else ()
+    return tuple(c for c in comparisons if c.rows in rows)
+
+
+def best_speedup(comparisons: Sequence[Comparison]) -> float:
+    """Return the mean speed-up at the deciding batch sizes, or that at the largest one if it is more."""
+    largest = max(comparisons, key=lambda c: c.rows, default=None)
+    return max(mean_speedup(deciding(comparisons)), largest.speedup if largest is not None else 0.0)
+
+
 def speed_of(comparisons: Sequence[Comparison]) -> Speed:
     """Join the verdicts of several batch sizes: slower at one is slower; else faster at one is faster."""
     verdicts = {comparison.verdict for comparison in comparisons}

@@ -12,7 +12,7 @@ from optimizers.records import Speed
 from optimizers.search import deciding_rows, mean_speedup, speed_of
 from server.errors import SlipstreamError
 
-FUSED = "fp32"
+FUSED = "fp32-fused"
 _RACE_S = 1.5
 
 

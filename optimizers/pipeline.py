@@ -20,7 +20,7 @@ from optimizers.building import Built, Line, on_gpu
 from optimizers.engines import build_engines
 from optimizers.evaluator import Evaluate, load_evaluator
 from optimizers.evidence import HeldOut
-from optimizers.exact import build_exact
+from optimizers.exact import FUSED, build_exact
 from optimizers.exam import Exam
 from optimizers.explore import NO_SEARCH, Appraisal, Explorer, Found, Quest, unproven
 from optimizers.graph import load_model, op_counts, save_model, signature_of
@@ -39,7 +39,7 @@ from optimizers.request import Digests, OptimizeRequest, digests_of, find_existi
 from optimizers.roots import roots_for
 from optimizers.search import Gate
 from optimizers.store import Store, sweep
-from optimizers.trial import Outcome, Trial, TrialPlan
+from optimizers.trial import Outcome, Trial, TrialPlan, served_name
 from server.artifact import Artifact, read_artifact
 from server.errors import ArtifactError
 from server.host import HostFacts, available_memory_bytes, read_host
@@ -54,7 +54,7 @@ _PROBE_SAMPLES = 4
 _CACHE = ".cache"
 _WORK = ".optimize-"
 _HOST_BUILD = "fp32-host"
-_ENGINES = ("fp32", "fp16")
+_ENGINES = (FUSED, "fp16")
 _MEMORY_SHARE = 0.8
 _SEARCH_SHARE, _RACE_SHARE, _MOST_RACE_S = 0.6, 0.15, 60.0
 
@@ -301,7 +301,8 @@ class _Run:
     ) -> tuple[EngineRecord, ...]:
         if "tensorrt" not in self.recipe.devices:
             return ()
-        wanted = {a.built.name: a.built.model for a in built if a.built.name in _ENGINES and not a.built.failure}
+        forms = [a.built for a in built if a.built.name in _ENGINES and not a.built.failure]
+        wanted = {served_name(form.name): form.model for form in forms}
         rows = answered.batching.max_rows
         return build_engines(wanted, parts.held_out, rows, folder / "engines", self.request.pass_timeout_s)
 

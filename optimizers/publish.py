@@ -136,6 +136,7 @@ def _write_variant(folder: Path, choice: Chosen, golden: Golden, host: str) -> V
         latency=choice.latency,
         host=host,
         host_bound=choice.built.host_bound,
+        from_rows=choice.from_rows,
         weights=extra,
     )
 

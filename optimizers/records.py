@@ -121,9 +121,19 @@ class StepRecord(msgspec.Struct, frozen=True):
 
 
 class ServedRecord(msgspec.Struct, frozen=True):
-    """One served variant as it is served, beside the original with onnxruntime's defaults."""
+    """One served variant as it is served, beside the original with onnxruntime's defaults.
+
+    Attributes:
+        variant: Its name in the manifest.
+        candidate: The candidate behind it.
+        knobs: How its session is set.
+        latency: With that setting.
+        cpu_ms: CPU milliseconds of the process per run, for each batch size of ``latency``.
+        against_original: Its speed.
+    """
 
     variant: str
+    candidate: str
     knobs: str
     latency: LatencyTable
     cpu_ms: tuple[float, ...]

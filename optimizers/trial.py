@@ -4,7 +4,7 @@ Three races, all beside the original with onnxruntime's defaults. In the first, 
 slower than the best exact form leave. The others are compared on the held-out samples, which takes longest. In the
 second, all that are faithful run one thread at every batch size; it decides what is served.
 In the third, the served variants try other session settings; the numbers of the setting that they are served with go
-into the manifest.
+into the manifest. A candidate that loses for one row and wins for many may be served for large batches, see ``bulk``.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,7 +12,9 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from optimizers.building import Built
+from optimizers.bulk import Bulk, find_bulk, gains_from, promises_bulk, with_bulk
 from optimizers.errors import PassFailed
+from optimizers.exact import FUSED
 from optimizers.exam import Exam
 from optimizers.explore import Appraisal
 from optimizers.fidelity import describe
@@ -30,7 +32,9 @@ from optimizers.search import (
     Verdict,
     choose_knobs,
     decide,
+    deciding,
     deciding_rows,
+    racing_rows,
     speed_of,
     unfaithful,
 )
@@ -39,6 +43,12 @@ from server.errors import SlipstreamError
 from server.providers import CPU, Device
 
 FALLBACK = "fp32"
+LEAST_SPINNING_MS = 0.1
+"""Waking a thread costs a share of longer runs; runs as short as this are over before another thread helps."""
+
+Measured = tuple[Race, str]
+"""A race and a label in it."""
+
 Observe = Callable[[str, float], None]
 """Called with the current stage and the share of the trial that is done, 0 to 1."""
 
@@ -62,13 +72,14 @@ class TrialPlan(msgspec.Struct, frozen=True):
 
 
 class Chosen(msgspec.Struct, frozen=True):
-    """A variant that will be served, with its evidence."""
+    """A variant that will be served, with its evidence; ``from_rows`` as in ``server.artifact.Variant``."""
 
     name: str
     built: Built
     options: SessionOptions
     fidelity: Fidelity | None
     latency: LatencyTable
+    from_rows: int = 0
 
 
 class Outcome(msgspec.Struct, frozen=True):
@@ -122,8 +133,14 @@ class Trial:
         self._compare()
         race = self._race_all()
         decision = self._decide(race)
-        choices, final = self._tune(decision.kept, race)
-        chosen = tuple(self._chosen(name, choices[name].knobs, final[name]) for name in decision.kept)
+        bulk = self._find_bulk(decision, race)
+        choices, final = self._tune(decision.kept, bulk, race)
+        bulk = _confirmed(bulk, decision.kept[0], choices, final)
+        decision = with_bulk(decision, bulk) if bulk is not None else decision
+        from_rows = {bulk.name: bulk.from_rows} if bulk is not None else {}
+        chosen = tuple(
+            self._chosen(name, choices[name].knobs, final[name], from_rows.get(name, 0)) for name in decision.kept
+        )
         served = [self._served(ORIGINAL, "onnxruntime's defaults", race, ORIGINAL)]
         served += [self._served(name, str(choices[name].knobs), *final[name]) for name in decision.kept]
         records = self._records(decision, race)
@@ -144,14 +161,15 @@ class Trial:
 
     def _qualify(self) -> None:
         """Let lossy candidates leave that are slower than the best exact form, unless speed is not what is wanted."""
-        rows = deciding_rows(tuple(self._track.batches))
+        rows = racing_rows(tuple(self._track.batches))
         names = self._alive
         self._first = self._race([ORIGINAL, *names], rows, 0.25, "first race", 0.0)
         if self._plan.policy.objective not in ("latency", "throughput"):
             return
         for name in names:
             against = self._against_exact(name)
-            if not self._built[name].exact and speed_of(against) == "slower":
+            is_slower = speed_of(deciding(against)) == "slower" and not promises_bulk(against)
+            if not self._built[name].exact and is_slower:
                 self._failures[name] = f"slower than exact FP32: {', '.join(str(c) for c in against)}"
 
     def _against_exact(self, name: str) -> tuple[Comparison, ...]:
@@ -159,7 +177,7 @@ class Trial:
         first = self._first
         if first is None:
             return ()
-        rows = deciding_rows(first.rows)
+        rows = first.rows
         exact = [other for other in self._alive if self._built[other].exact and other != name]
         best = min(exact or [UNTOUCHED], key=lambda other: sum(_ms(first, other, r) for r in rows))
         return _against(first, name, best, rows)
@@ -216,22 +234,33 @@ class Trial:
         size = self._built[name].size_bytes
         return standing_of(name, race.table(name), size, agreement, self._memory.get(name), self._plan.policy.slo_ms)
 
-    def _tune(self, kept: Sequence[str], race: Race) -> tuple[dict[str, KnobChoice], dict[str, tuple[Race, str]]]:
-        """Try other session settings for each served variant; return its choice, and the race and label it ran in."""
+    def _find_bulk(self, decision: Decision, race: Race) -> Bulk | None:
+        first, *others = (self._candidate(n, race) for n in (decision.kept[0], *self._built))
+        return find_bulk(first, others, self._plan.gate, race, self._plan.policy)
+
+    def _tune(
+        self, kept: Sequence[str], bulk: Bulk | None, race: Race
+    ) -> tuple[dict[str, KnobChoice], dict[str, Measured]]:
+        """Try other session settings for each served variant; return its choice, and where it was measured."""
+        names = list(dict.fromkeys([*kept, bulk.name] if bulk is not None else kept))
         tried: dict[str, dict[Knobs, str]] = {}
-        for name in kept:
-            built = self._built[name]
+        for name in names:
+            built, row_ms = self._built[name], race.table(name).p50_ms[0]
+            may_spin = row_ms >= LEAST_SPINNING_MS and not (bulk is not None and name == bulk.name)
             tried[name] = {}
-            for knobs in alternatives(built, self._plan.cores):
+            for knobs in alternatives(built, self._plan.cores, may_spin=may_spin):
                 try:
                     tried[name][knobs] = self._track.enter(built, knobs)
                 except SlipstreamError:
                     continue  # an alternative only: the plain settings are proven
-        labels = [*kept, *(label for options in tried.values() for label in options.values())]
+        labels = [*names, *(label for options in tried.values() for label in options.values())]
         rows = deciding_rows(race.rows)
-        second = self._race(labels, rows, 0.2, "race of session settings", 0.7)
+        second = self._race(labels, racing_rows(race.rows) if bulk else rows, 0.2, "race of session settings", 0.7)
         choices = {name: self._choose(name, tried[name], second, rows) for name in kept}
-        return choices, self._final(kept, choices, tried, race)
+        if bulk is not None:
+            large = [r for r in second.rows if r >= bulk.from_rows]
+            choices[bulk.name] = self._choose(bulk.name, tried[bulk.name], second, large)
+        return choices, self._final(choices, bulk, tried, race)
 
     def _choose(self, name: str, tried: dict[Knobs, str], second: Race, rows: Sequence[int]) -> KnobChoice:
         plain = Knobs(graph_level=self._built[name].options.graph_level)
@@ -240,26 +269,28 @@ class Trial:
 
     def _final(
         self,
-        kept: Sequence[str],
         choices: dict[str, KnobChoice],
+        bulk: Bulk | None,
         tried: dict[str, dict[Knobs, str]],
         race: Race,
-    ) -> dict[str, tuple[Race, str]]:
+    ) -> dict[str, Measured]:
         """Measure the chosen settings at all batch sizes, where they are not the plain ones."""
-        other = {name: tried[name][choices[name].knobs] for name in kept if choices[name].knobs in tried[name]}
+        other = {name: tried[name][c.knobs] for name, c in choices.items() if c.knobs in tried[name]}
         if not other:
-            return {name: (race, name) for name in kept}
+            return {name: (race, name) for name in choices}
+        if bulk is not None:  # it is compared with the first choice, so both belong into one race
+            other = {name: name for name in (next(iter(choices)), bulk.name)} | other
         last = self._race([ORIGINAL, *other.values()], race.rows, 0.15, "race of the chosen settings", 0.85)
-        return {name: (last, other[name]) if name in other else (race, name) for name in kept}
+        return {name: (last, other[name]) if name in other else (race, name) for name in choices}
 
-    def _chosen(self, name: str, knobs: Knobs, measured: tuple[Race, str]) -> Chosen:
+    def _chosen(self, name: str, knobs: Knobs, measured: Measured, from_rows: int) -> Chosen:
         built, (race, label) = self._built[name], measured
         options = with_knobs(built.options, knobs)
-        return Chosen(served_name(name), built, options, self._fidelity.get(name), race.table(label))
+        return Chosen(served_name(name), built, options, self._fidelity.get(name), race.table(label), from_rows)
 
     def _served(self, name: str, knobs: str, race: Race, label: str) -> ServedRecord:
         speeds = () if name == ORIGINAL else _speeds(race, label, ORIGINAL)
-        return ServedRecord(served_name(name), knobs, race.table(label), race.cpu_ms(label), speeds)
+        return ServedRecord(served_name(name), name, knobs, race.table(label), race.cpu_ms(label), speeds)
 
     def _records(self, decision: Decision, race: Race) -> tuple[CandidateRecord, ...]:
         """Describe every candidate for the report, the baselines first."""
@@ -308,12 +339,13 @@ class Trial:
         )
 
 
-def alternatives(built: Built, cores: int) -> list[Knobs]:
+def alternatives(built: Built, cores: int, *, may_spin: bool = True) -> list[Knobs]:
     """Return the session settings to try for a variant beside the plain ones."""
     if built.provider != CPU.kind:
         return []
     level = built.options.graph_level
-    found = [Knobs(cores, False, level), Knobs(cores, True, level)] if cores > 1 else []
+    found = [Knobs(cores, False, level)] if cores > 1 else []
+    found += [Knobs(cores, True, level)] if cores > 1 and may_spin else []
     return found if built.host_bound else [*found, Knobs(graph_level="extended"), Knobs(graph_level="basic")]
 
 
@@ -323,14 +355,31 @@ def headline(outcome: Outcome) -> str:
     speeds = next(record.against_original for record in outcome.served if record.variant == best.name)
     seen = " and ".join(f"{s.speedup:.2f}x ({s.low:.2f}-{s.high:.2f}) at batch {s.rows}" for s in speeds)
     text = f"{best.name} is served: {seen} the speed of the original with onnxruntime's defaults"
-    if best.built.exact:
-        return f"{text}; no lossy candidate was both faithful and better."
-    return f"{text}; {describe(best.fidelity)}." if best.fidelity is not None else f"{text}."
+    bulk = [choice for choice in outcome.chosen if choice.from_rows]
+    if not best.built.exact and best.fidelity is not None:
+        text = f"{text}; {describe(best.fidelity)}"
+    elif not bulk:
+        text = f"{text}; no lossy candidate was both faithful and better"
+    for other in bulk:
+        proof = f"; {describe(other.fidelity)}" if other.fidelity is not None and not other.built.exact else ""
+        text = f"{text}. Batches of {other.from_rows} rows and more are run by {other.name}{proof}"
+    return f"{text}."
 
 
 def served_name(name: str) -> str:
-    """Return the name under which a candidate is served: the untouched original serves as ``fp32``."""
-    return FALLBACK if name == UNTOUCHED else name
+    """Return the name under which a candidate is served: the original, fused or untouched, serves as ``fp32``."""
+    return FALLBACK if name == UNTOUCHED else name.replace(FUSED, FALLBACK, 1)
+
+
+def _confirmed(
+    bulk: Bulk | None, first: str, choices: dict[str, KnobChoice], final: dict[str, Measured]
+) -> Bulk | None:
+    """Return the variant for large batches as it is with the chosen settings, or ``None`` when it is none."""
+    if bulk is None or choices[first].knobs.spinning:
+        return None
+    (race, label), (_, baseline) = final[bulk.name], final[first]
+    again = gains_from(label, baseline, [r for r in race.rows if r >= bulk.from_rows], race)
+    return msgspec.structs.replace(again, name=bulk.name) if again is not None else None
 
 
 def _ms(race: Race, name: str, rows: int) -> float:

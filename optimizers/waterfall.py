@@ -79,9 +79,9 @@ class Waterfall(msgspec.Struct, frozen=True):
 
 
 def served_record(report: Report, variant: str) -> CandidateRecord | None:
-    """Return the candidate behind a served variant; the untouched file serves as ``fp32`` when nothing beats it."""
-    served = {record.name: record for record in report.candidates if record.verdict == "served"}
-    return served.get(variant, served.get(UNTOUCHED))
+    """Return the candidate behind a served variant, whose name may be another; ``None`` for the original."""
+    behind = next((record.candidate for record in report.served if record.variant == variant), variant)
+    return next((r for r in report.candidates if r.name == behind and r.verdict == "served"), None)
 
 
 def waterfall(report: Report, candidate: CandidateRecord) -> Waterfall:

@@ -174,6 +174,8 @@ class Variant(msgspec.Struct, frozen=True):
         profile: Shapes that an engine was built for.
         host: Fingerprint of the host that measured it.
         host_bound: Whether it holds operators made for that kind of host, and opens on no other.
+        from_rows: Least rows of the batches that it takes from the variant before it; 0 when it is not one for large
+            batches.
         weights: Files beside ``file`` that hold its weights, by name -> digest; for models beyond 2 GB.
     """
 
@@ -190,6 +192,7 @@ class Variant(msgspec.Struct, frozen=True):
     profile: Profile | None = None
     host: str = ""
     host_bound: bool = False
+    from_rows: int = 0
     weights: dict[str, str] = {}
 
 

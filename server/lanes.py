@@ -18,13 +18,13 @@ logger = logging.getLogger(__name__)
 class Lanes:
     """The opened lanes of an artifact.
 
-    Opening blocks. Lanes are ordered by device as given, then by the manifest's preference. The first variant on the
-    CPU gets several lanes, every other one a single lane per device.
+    Opening blocks. Lanes are ordered by device as given, then by the manifest's preference. On the CPU the first
+    variant and the one for large batches get several lanes, every other one a single lane per device.
 
     Args:
         artifact: What to open.
         devices: The devices that really work, the preferred one first.
-        cpu_instances: Lanes of the first CPU variant; 0 means as many as its threads fit into the usable cores.
+        cpu_instances: Lanes of such a CPU variant; 0 means as many as its threads fit into the usable cores.
 
     Attributes:
         specs: What the scheduler feeds.
@@ -69,13 +69,15 @@ class Lanes:
             self.batchable = self.batchable and may_batch
         is_first_on_cpu = device.kind == "cpu" and not any(spec.device == device.name for spec in self.specs)
         threads = 1 if device.kind != "cpu" else variant.options.intra_op_threads or usable_cores()
-        count = (self._cpu_instances or max(1, usable_cores() // threads)) if is_first_on_cpu else 1
+        from_rows = 0 if is_first_on_cpu else variant.from_rows
+        is_main = is_first_on_cpu or (device.kind == "cpu" and from_rows)
+        count = (self._cpu_instances or max(1, usable_cores() // threads)) if is_main else 1
         for number in range(count):
             # One-thread sessions compute in the calling thread, so lanes can share one and its memory. A session with
             # more has one pool of threads, which its callers would have to share.
             if number and threads > 1:
                 session = self._open(variant, device)
-            self.specs.append(LaneSpec(variant.name, device.name, session, latency, threads))
+            self.specs.append(LaneSpec(variant.name, device.name, session, latency, threads, from_rows))
 
     def _open(self, variant: Variant, device: Device) -> Session:
         if variant.host_bound and variant.host != (here := read_host().fingerprint):

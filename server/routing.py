@@ -6,6 +6,8 @@ Pure: lanes are described by ``LaneState`` values that the scheduler keeps up to
 - Among those lanes the first one's variant and device are *preferred*: an idle preferred lane takes work at once. Any
   other lane is slower by the order it was given in; it takes work only when it is predicted to finish it sooner than
   the preferred lanes would. Without latency tables there is no prediction, and slower lanes take only pinned work.
+- A lane for large batches takes those, and only those, that reach its least number of rows; the preferred lanes leave
+  them to it while it is idle.
 - Work that nobody pinned never keeps more threads of one device busy than there are cores. Pinned work is exempt and
   is not counted, so that neither kind can starve the other.
 """
@@ -40,6 +42,7 @@ class LaneSpec(msgspec.Struct, frozen=True):
         runner: The opened session.
         latency: Run time per batch size, measured on this host; ``None`` when never measured.
         threads: Cores that one run keeps busy; 0 means all.
+        from_rows: Least rows of the batches that it takes; 0 for a lane that is not one for large batches.
     """
 
     variant: str
@@ -47,6 +50,7 @@ class LaneSpec(msgspec.Struct, frozen=True):
     runner: Runner
     latency: LatencyTable | None
     threads: int
+    from_rows: int = 0
 
 
 class LaneState(msgspec.Struct, eq=False):
@@ -58,6 +62,7 @@ class LaneState(msgspec.Struct, eq=False):
         latency: Measured run times; ``None`` when never measured.
         threads: Cores that a run keeps busy, at least 1.
         max_rows: Rows that it takes at most in one batch (a larger single request excepted).
+        from_rows: Least rows of the batches that it takes when nobody pinned it; 0 for any.
         busy: Whether a batch runs.
         pinned: Whether that batch was pinned to the variant.
         busy_until_s: When that batch is predicted to end; meaningless without ``latency``.
@@ -68,6 +73,7 @@ class LaneState(msgspec.Struct, eq=False):
     latency: LatencyTable | None
     threads: int
     max_rows: int
+    from_rows: int = 0
     busy: bool = False
     pinned: bool = False
     busy_until_s: float = 0.0
@@ -92,12 +98,14 @@ class Route(msgspec.Struct, frozen=True, eq=False):
     Attributes:
         pin: The pinned variant; empty for work that nobody pinned.
         preferred: Lanes that take it whenever they are idle.
+        bulk: Lanes for large batches.
         slower: Lanes that take it when they are predicted to finish it sooner.
         rivals: Pins whose waiting work shares the preferred lanes, the route's own included.
     """
 
     pin: str
     preferred: tuple[LaneState, ...]
+    bulk: tuple[LaneState, ...]
     slower: tuple[LaneState, ...]
     rivals: tuple[str, ...]
 
@@ -107,7 +115,7 @@ def state_of(spec: LaneSpec, limits: BatchLimits, cores: int) -> LaneState:
     max_rows = limits.max_rows if limits.batchable else 1
     if spec.latency is not None:
         max_rows = min(spec.latency.best_rows(), max_rows)
-    return LaneState(spec.variant, spec.device, spec.latency, spec.threads or cores, max_rows)
+    return LaneState(spec.variant, spec.device, spec.latency, spec.threads or cores, max_rows, spec.from_rows)
 
 
 def routes_of(lanes: Sequence[LaneState]) -> dict[str, Route]:
@@ -120,10 +128,11 @@ def _route_of(pin: str, lanes: Sequence[LaneState]) -> Route:
     usable = [lane for lane in lanes if pin in ("", lane.variant)]
     first = usable[0]
     preferred = tuple(lane for lane in usable if (lane.variant, lane.device) == (first.variant, first.device))
-    slower = tuple(lane for lane in usable if lane not in preferred)
+    bulk = tuple(lane for lane in usable if lane.from_rows and lane not in preferred)
+    slower = tuple(lane for lane in usable if lane not in (*preferred, *bulk))
     leading = lanes[0].variant
     rivals = ("", leading) if pin in ("", leading) else (pin,)
-    return Route(pin, preferred, slower, rivals)
+    return Route(pin, preferred, bulk, slower, rivals)
 
 
 def may_take(lane: LaneState, route: Route, queue: RequestQueue[Any], now: float, cores: int) -> bool:
@@ -138,17 +147,29 @@ def may_take(lane: LaneState, route: Route, queue: RequestQueue[Any], now: float
     """
     if not route.pin and not _has_core(lane, route, cores):
         return False
+    if lane in route.bulk:
+        return _is_large(lane, queue)
     if lane in route.preferred:
-        return True
+        return not any(
+            _is_large(other, queue) and not other.busy and _has_core(other, route, cores) for other in route.bulk
+        )
     if lane.latency is None or not all(other.busy and other.latency is not None for other in route.preferred):
         return False
-    rows = max(queue.oldest[0].rows, min(queue.rows, lane.max_rows))
+    rows = _rows_for(lane, queue)
     return now + lane.run_s(rows) < min(other.free_at(now) + other.run_s(rows) for other in route.preferred)
+
+
+def _rows_for(lane: LaneState, queue: RequestQueue[Any]) -> int:
+    return max(queue.oldest[0].rows, min(queue.rows, lane.max_rows))
+
+
+def _is_large(lane: LaneState, queue: RequestQueue[Any]) -> bool:
+    return _rows_for(lane, queue) >= lane.from_rows
 
 
 def _has_core(lane: LaneState, route: Route, cores: int) -> bool:
     busy = 0
-    for lanes in (route.preferred, route.slower):
+    for lanes in (route.preferred, route.bulk, route.slower):
         for other in lanes:
             if other.busy and not other.pinned and other.device == lane.device:
                 busy += other.threads
@@ -220,7 +241,7 @@ def predict_completion(route: Route, backlog_rows: int, rows: int, now: float, c
     Returns:
         The time of completion, or ``None`` when a preferred lane was never measured.
     """
-    lanes = _parallel(route, cores)
+    lanes = _parallel(route, backlog_rows + rows, cores)
     if not lanes:
         return None
     skipped_s, left = _skip_waves(lanes, backlog_rows)
@@ -251,13 +272,14 @@ def _batch_size(left: int, rows: int, max_rows: int) -> int:
     return left + rows if left + rows <= max_rows or not left else min(left, max_rows)
 
 
-def _parallel(route: Route, cores: int) -> list[LaneState]:
+def _parallel(route: Route, rows: int, cores: int) -> list[LaneState]:
     """Return the lanes that can run this work at the same time, in order; none when there is no prediction."""
     if any(lane.latency is None for lane in route.preferred):
         return []
     lanes: list[LaneState] = []
     busy: dict[str, int] = {}
-    for lane in (*route.preferred, *route.slower):
+    bulk = [lane for lane in route.bulk if rows >= lane.from_rows]
+    for lane in (*bulk, *route.preferred, *route.slower):
         threads = busy.get(lane.device, 0) + lane.threads
         if lane.latency is not None and (route.pin or lane.device not in busy or threads <= cores):
             busy[lane.device] = threads

@@ -28,7 +28,7 @@ from optimizers.racing import batch_of
 from optimizers.recipe import Recipe
 from optimizers.records import Speed
 from optimizers.search import Gate
-from server.artifact import SessionOptions
+from server.artifact import SessionOptions, Variant
 from server.errors import SlipstreamError
 from server.host import HostFacts, read_host
 from server.providers import CPU, Device
@@ -47,12 +47,29 @@ class Entry(msgspec.Struct, frozen=True):
         model: Its file.
         options: How it is opened.
         device: Where it runs.
+        bulk: What takes batches of at least so many rows in its place, as the server does it.
     """
 
     row: Row
     model: Path
     options: SessionOptions
     device: Device = CPU
+    bulk: "tuple[Entry, int] | None" = None
+
+
+class ByRows:
+    """Two sessions, one of which takes large batches."""
+
+    def __init__(self, usual: Session, large: Session, from_rows: int) -> None:
+        self._usual, self._large, self._from_rows = usual, large, from_rows
+
+    def run(self, inputs: Tensors) -> Tensors:
+        rows = len(next(iter(inputs.values())))
+        return (self._large if rows >= self._from_rows else self._usual).run(inputs)
+
+    def close(self) -> None:
+        self._usual.close()
+        self._large.close()
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -162,14 +179,25 @@ def _originals(model: Path) -> list[Entry]:
 
 def _entries_of(result: Result, rows: Sequence[Row]) -> list[Entry]:
     """Open ours as the manifest says, and once more with as many threads as onnxruntime takes by default."""
-    chosen = result.chosen
-    model = result.artifact.folder / chosen.file
-    many = msgspec.structs.replace(chosen.options, intra_op_threads=0, spinning=True)
-    device = CPU if chosen.provider == "cpu" else Device("cuda")
-    return [
-        Entry(_noted(row, f"{chosen.name}: {_setting(options)}"), model, options, device)
-        for row, options in zip(rows, (chosen.options, many), strict=True)
-    ]
+    served, many = (
+        _entry(result, result.chosen, row, spinning) for row, spinning in zip(rows, (False, True), strict=True)
+    )
+    large = next((variant for variant in result.artifact.variants if variant.from_rows), None)
+    if large is None:
+        return [served, many]
+    row = _noted(served.row, f"from {large.from_rows} rows on {large.name}: {_setting(large.options)}")
+    bulk = (_entry(result, large, row, spinning=False), large.from_rows)
+    return [msgspec.structs.replace(served, row=row, bulk=bulk), many]
+
+
+def _entry(result: Result, variant: Variant, row: Row, spinning: bool) -> Entry:
+    """Describe a variant as it is served, or with all cores that spin."""
+    options = variant.options
+    if spinning:
+        options = msgspec.structs.replace(options, intra_op_threads=0, spinning=True)
+    device = CPU if variant.provider == "cpu" else Device("cuda")
+    noted = _noted(row, f"{variant.name}: {_setting(options)}")
+    return Entry(noted, result.artifact.folder / variant.file, options, device)
 
 
 def _noted(row: Row, note: str) -> Row:
@@ -205,7 +233,7 @@ def _measured(
     singles = tuple(material.unseen.batch(index, 1) for index in range(material.unseen.count))
     batches = {rows: batch_of(singles, rows) for rows in sizes}
     rows: dict[str, Row] = {}
-    sessions: dict[str, Session] = {}
+    sessions: dict[str, Session | ByRows] = {}
     try:
         for entry in entries:
             rows[entry.row.name] = _opened(entry, batches, sessions)
@@ -223,10 +251,10 @@ def _measured(
             session.close()
 
 
-def _opened(entry: Entry, batches: Mapping[int, Tensors], sessions: dict[str, Session]) -> Row:
+def _opened(entry: Entry, batches: Mapping[int, Tensors], sessions: dict[str, Session | ByRows]) -> Row:
     """Open an entry and run every batch size; one that fails takes no further part."""
     try:
-        session = Session(entry.model, entry.device, entry.options)
+        session = _open(entry)
         for batch in batches.values():
             session.run(batch)
     except SlipstreamError as exc:
@@ -237,7 +265,15 @@ def _opened(entry: Entry, batches: Mapping[int, Tensors], sessions: dict[str, Se
     return msgspec.structs.replace(entry.row, size_bytes=entry.model.stat().st_size)
 
 
-def _faithful(row: Row, session: Session, unseen: HeldOut, rows: int, gate: Gate) -> Row:
+def _open(entry: Entry) -> Session | ByRows:
+    session = Session(entry.model, entry.device, entry.options)
+    if entry.bulk is None:
+        return session
+    large, from_rows = entry.bulk
+    return ByRows(session, Session(large.model, large.device, large.options), from_rows)
+
+
+def _faithful(row: Row, session: Session | ByRows, unseen: HeldOut, rows: int, gate: Gate) -> Row:
     """Compare with the original on unseen samples, one by one and in batches; the worse counts."""
     try:
         fidelity = fidelity_of(session, unseen, rows)

@@ -43,7 +43,7 @@ def build(bench: Bench, *steps: Pass) -> Built:
 
 def test_passes_that_are_right_and_not_slower_make_the_fp32_form(bench: Bench):
     fp32 = build(bench, Nothing(), Burden(name="sanitize"), Unburden())
-    assert (fp32.name, fp32.precision, fp32.exact, fp32.failure) == ("fp32", "fp32", True, "")
+    assert (fp32.name, fp32.precision, fp32.exact, fp32.failure) == ("fp32-fused", "fp32", True, "")
     assert fp32.passes == ("sanitize(name=sanitize)", "unburden")
     nothing, _, unburden = bench.line.records
     assert (nothing.status, nothing.speed) == ("unchanged", ())

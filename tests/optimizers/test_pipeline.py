@@ -18,6 +18,7 @@ from optimizers.recipe import Recipe
 from optimizers.report import Report, read_report
 from optimizers.request import OptimizeRequest
 from optimizers.roots import Root
+from optimizers.trial import served_name
 from server.artifact import Artifact, read_artifact, read_golden
 from server.errors import ArtifactError
 from server.golden import require_golden
@@ -154,7 +155,7 @@ def test_golden_outputs_are_those_of_the_untouched_file(artifact: Artifact, full
 
 def test_report_tells_of_every_candidate_and_pass(report: Report):
     candidates = {record.name: record for record in report.candidates}
-    assert {"original", "original-1thread", "fp32", "fp16", "int8-dynamic", "int8-static"} <= candidates.keys()
+    assert {"original", "original-1thread", "fp32-fused", "fp16", "int8-dynamic", "int8-static"} <= candidates.keys()
     assert candidates["original"].verdict == "baseline"
     for record in report.candidates:
         assert record.reason
@@ -170,7 +171,7 @@ def test_report_tells_of_every_candidate_and_pass(report: Report):
 
 def test_report_and_manifest_agree_on_what_is_served(report: Report, artifact: Artifact):
     served = {record.name for record in report.candidates if record.verdict == "served"}
-    assert {name.replace("original-1thread", "fp32") for name in served} == {v.name for v in artifact.variants}
+    assert {served_name(name) for name in served} == {v.name for v in artifact.variants}
     assert report.chosen == artifact.variants[0].name
     for variant in artifact.variants[:-1]:
         assert variant.fidelity is not None

@@ -242,9 +242,9 @@ def report() -> Report:
         sensitivity={"int8-static": layers(30), "int8-dynamic": layers(3)},
         candidates=CANDIDATES,
         served=(
-            ServedRecord("original", "onnxruntime's defaults", table(9.2), (18.4,) * 6, ()),
-            ServedRecord("int8-static", "2 threads", table(4.0), (8.1,) * 6, speeds(2.2)),
-            ServedRecord("fp32", "1 thread", table(12.0), (12.0,) * 6, speeds(0.75)),
+            ServedRecord("original", "original", "onnxruntime's defaults", table(9.2), (18.4,) * 6, ()),
+            ServedRecord("int8-static", "int8-static", "2 threads", table(4.0), (8.1,) * 6, speeds(2.2)),
+            ServedRecord("fp32", "fp32", "1 thread", table(12.0), (12.0,) * 6, speeds(0.75)),
         ),
         knobs=(KnobChoice("int8-static", Knobs(2), reason),),
         engines=(EngineRecord("refused", "no TensorRT is installed", {"version": "none"}),),
@@ -378,7 +378,12 @@ def test_columns_of_accuracy_appear_with_a_metric_only(report: Report, labels: b
 
 def test_the_untouched_file_served_as_fp32_is_marked_and_not_the_refused_fp32(report: Report):
     served = changed(changed(report, "original-1thread", verdict="served"), "fp32", verdict="refused")
-    served = msgspec.structs.replace(changed(served, "int8-static", verdict="refused"), chosen="fp32")
+    records = [
+        msgspec.structs.replace(r, candidate="original-1thread") if r.variant == "fp32" else r for r in report.served
+    ]
+    served = msgspec.structs.replace(
+        changed(served, "int8-static", verdict="refused"), chosen="fp32", served=tuple(records)
+    )
     found = served_record(served, "fp32")
     assert found is not None
     assert found.name == "original-1thread"
@@ -723,7 +728,7 @@ def test_html_of_a_model_that_is_never_batched(report: Report):
         if record.latency is not None:
             fields = {"latency": one, "cpu_ms": (1.0,), "against_original": (), "against_exact": ()}
             single = changed(single, record.name, **fields)
-    served = (ServedRecord("original", "defaults", one, (1.0,), ()),)
+    served = (ServedRecord("original", "original", "defaults", one, (1.0,), ()),)
     single = msgspec.structs.replace(single, served=served, batching=Batching(False, "rows mix", 1))
     head = words(next(section(single, "candidates").iter("thead")))
     assert "ms at batch 1" in head

@@ -58,6 +58,29 @@ def test_lanes_of_several_threads_have_sessions_of_their_own(tmp_path: Path, mlp
     assert lanes.specs[0].runner is not lanes.specs[1].runner
 
 
+def give_large_batches(folder: Path, variant: str) -> None:
+    variants = read_artifact(folder).variants
+    edit_manifest(
+        folder, variants=tuple(msgspec.structs.replace(v, from_rows=8 * (v.name == variant)) for v in variants)
+    )
+
+
+def test_variant_for_large_batches_gets_lanes_of_its_own(tmp_path: Path, mlp: Path):
+    folder = write_artifact(tmp_path, "mlp", "1", {"fp32": mlp, "int8": mlp, "fp16": mlp})
+    give_large_batches(folder, "int8")
+    lanes = Lanes(read_artifact(folder), (CPU,), cpu_instances=2)
+    assert placed(lanes) == [("fp32", "cpu")] * 2 + [("int8", "cpu")] * 2 + [("fp16", "cpu")]
+    assert [spec.from_rows for spec in lanes.specs] == [0, 0, 8, 8, 0]
+
+
+def test_variant_for_large_batches_takes_all_when_the_first_is_refused(tmp_path: Path, mlp: Path):
+    folder = write_artifact(tmp_path, "mlp", "1", {"fp32": mlp, "int8": mlp})
+    give_large_batches(folder, "int8")
+    (folder / "fp32/model.onnx").write_bytes(models.save_mlp(tmp_path / "wrong.onnx", seed=1).read_bytes())
+    lanes = Lanes(read_artifact_without_digests(folder), (CPU,), cpu_instances=1)
+    assert [(spec.variant, spec.from_rows) for spec in lanes.specs] == [("int8", 0)]
+
+
 def test_latency_and_batching_come_from_the_manifest(tmp_path: Path, mlp: Path):
     table = LatencyTable((1, 2), (1.0, 1.5), (1.0, 1.5), (1.0, 1.5), (1.0, 1.5))
     folder = write_artifact(tmp_path, "mlp", "1", {"a": mlp, "b": mlp}, latency={"a": table}, batchable=False)

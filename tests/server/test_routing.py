@@ -242,3 +242,51 @@ def test_work_pinned_to_another_variant_is_no_backlog():
     waiting = queues(fp32=[(32, 0.0)])
     assert refusal(request_of(1, 0.0, timeout_s=0.011), routes_of(lanes), waiting, LIMITS, 0.0, 1) is None
     assert refusal(request_of(1, 0.0, "fp32", 0.011), routes_of(lanes), waiting, LIMITS, 0.0, 1) is not None
+
+
+def bulk_lanes(threads: int = 1) -> tuple[LaneState, LaneState]:
+    large = lane("int8", ms=5.0, threads=threads)
+    large.from_rows = 4
+    return lane("fp32", threads=threads), large
+
+
+def test_large_batches_go_to_their_own_lane_and_small_ones_do_not():
+    usual, large = bulk_lanes()
+    routes = routes_of([usual, large])
+    for rows, taker, other in ((3, usual, large), (4, large, usual)):
+        waiting = queues(any=[(1, 0.0)] * rows)
+        assert choose(taker, routes, waiting, 1.0, 2) == ""
+        assert choose(other, routes, waiting, 1.0, 2) is None
+
+
+def test_preferred_lane_takes_a_large_batch_while_its_own_lane_is_busy():
+    usual, large = bulk_lanes()
+    large.start(8, False, 0.0)
+    assert choose(usual, routes_of([usual, large]), queues(any=[(1, 0.0)] * 8), 1.0, 2) == ""
+
+
+def test_preferred_lane_takes_a_large_batch_that_finds_no_core_on_its_own_lane():
+    usual, other, large = lane("fp32"), lane("fp32"), lane("int8", threads=2)
+    large.from_rows = 4
+    other.start(1, False, 0.0)
+    routes = routes_of([usual, other, large])
+    assert choose(usual, routes, queues(any=[(1, 0.0)] * 8), 1.0, 2) == ""
+
+
+def test_pinned_work_of_any_size_goes_to_its_lane():
+    usual, large = bulk_lanes()
+    routes = routes_of([usual, large])
+    assert choose(large, routes, queues(int8=[(1, 0.0)]), 1.0, 2) == "int8"
+    assert choose(usual, routes, queues(int8=[(8, 0.0)]), 1.0, 2) is None
+
+
+def test_lane_for_large_batches_that_leads_takes_everything():
+    large = bulk_lanes()[1]
+    assert choose(large, routes_of([large, lane("fp32")]), queues(any=[(1, 0.0)]), 1.0, 2) == ""
+
+
+def test_prediction_counts_on_the_lane_for_large_batches():
+    usual, large = bulk_lanes(threads=2)
+    route = routes_of([usual, large])[""]
+    assert predict_completion(route, 0, 3, 0.0, 2) == pytest.approx(0.010)
+    assert predict_completion(route, 0, 4, 0.0, 2) == pytest.approx(0.005)

@@ -3,28 +3,46 @@
 Pure: no clock, no loop, no thread. Everything here takes ``now`` in seconds of one monotonic clock.
 """
 
+import math
 from collections import deque
-from collections.abc import Hashable, Iterator, Sequence
-from heapq import heapify, heappop, heappush
-from itertools import count
-from typing import Generic, Protocol, TypeVar
+from collections.abc import Iterable, Sequence
+from itertools import islice
+from typing import Generic, Protocol
 
 import msgspec
 import numpy as np
 
-from server.errors import InferenceFailed, SignatureMismatch
-from server.tensors import Array, InferRequest, Tensors
+from server.artifact import Padding
+from server.errors import InferenceFailed
+from server.ragged import MOST_PADDING, Ragged
+from server.tensors import Array, Tensors
+from server.waiting import AnswerT, Pending, RequestQueue
+
+_WINDOW_BATCHES = 4
+"""Requests of similar length are looked for among those that fill so many batches."""
 
 
-class Answer(Protocol):
-    """Where the outcome of a request goes; the policy only asks whether it is settled already."""
+class Times(Protocol):
+    """Predicted run times of a lane, in seconds by rows; 0 promises nothing."""
 
-    def done(self) -> bool:
-        """Whether the request was answered or cancelled."""
+    def run_s(self, rows: int) -> float:
+        """What a run is expected to take."""
+        ...
+
+    def safe_s(self, rows: int) -> float:
+        """What 99 of 100 runs keep."""
         ...
 
 
-AnswerT = TypeVar("AnswerT", bound=Answer)
+class _Unknown:
+    def run_s(self, rows: int) -> float:  # noqa: ARG002  (the interface)
+        return 0.0
+
+    safe_s = run_s
+
+
+UNKNOWN: Times = _Unknown()
+"""Times of a lane that was never measured."""
 
 
 class BatchLimits(msgspec.Struct, frozen=True):
@@ -32,10 +50,13 @@ class BatchLimits(msgspec.Struct, frozen=True):
 
     Attributes:
         batchable: Whether rows of different requests may share a run.
-        max_rows: Most rows per batch; a larger single request runs alone.
+        max_rows: Most rows per batch.
         max_queue_rows: Most rows that wait; a larger single request is taken when nothing waits.
         max_queue_delay_s: Seconds that an idle lane may wait for a fuller batch; 0 dispatches at once.
         default_timeout_s: Timeout of requests that name none; 0 means no deadline.
+        max_queue_s: Most seconds of predicted work that wait; 0 sets no limit.
+        brownout: Whether overload may be served by a faster variant; the most faithful one serves otherwise.
+        padding: Proof that requests may differ in length; ``None`` without one.
     """
 
     batchable: bool
@@ -43,35 +64,18 @@ class BatchLimits(msgspec.Struct, frozen=True):
     max_queue_rows: int
     max_queue_delay_s: float
     default_timeout_s: float
-
-
-class Pending(msgspec.Struct, Generic[AnswerT], eq=False):
-    """One admitted request.
-
-    Attributes:
-        request: The request; its arrays are never written to.
-        rows: Size of axis 0 of its inputs; 1 for a model that is not batched.
-        key: Names, datatypes and non-batch dimensions of the inputs; only equal keys may share a batch.
-        arrival_s: When it was admitted.
-        deadline_s: When its answer loses its value; ``None`` for never.
-        future: Where its outcome goes; done when it was cancelled or has expired.
-    """
-
-    request: InferRequest
-    rows: int
-    key: Hashable
-    arrival_s: float
-    deadline_s: float | None
-    future: AnswerT
+    max_queue_s: float = 0.0
+    brownout: bool = False
+    padding: Padding | None = None
 
 
 class Plan(msgspec.Struct, Generic[AnswerT], frozen=True, eq=False):
     """What a lane runs next.
 
     Attributes:
-        requests: The batch in order of arrival, all of one key; empty when nothing is left to run.
+        requests: The batch in the order of the queue, all of one key; empty when nothing is left to run.
         rows: Their rows together.
-        expired: Requests that left the queue because their deadline has passed.
+        expired: Requests that left the queue because their deadline has passed, or cannot be kept any more.
     """
 
     requests: list[Pending[AnswerT]]
@@ -79,153 +83,135 @@ class Plan(msgspec.Struct, Generic[AnswerT], frozen=True, eq=False):
     expired: list[Pending[AnswerT]]
 
 
-class RequestQueue(Generic[AnswerT]):
-    """Waiting requests: one FIFO per key, the keys in order of their oldest request.
+def plan(queue: RequestQueue[AnswerT], now: float, max_rows: int, times: Times = UNKNOWN) -> Plan[AnswerT]:
+    """Take the next batch out of the queue: the first request and what may travel with it, in order of rank.
 
-    Appending is O(1) for a key that waits already; taking a batch is O(batch + log keys).
-
-    Attributes:
-        rows: Rows that wait, including those of requests that were cancelled and not yet noticed.
-    """
-
-    def __init__(self) -> None:
-        self.rows = 0
-        self._waiting: dict[Hashable, deque[Pending[AnswerT]]] = {}
-        # (arrival of the oldest, ticket, key), one entry per key; the ticket keeps keys from being compared.
-        self._order: list[tuple[float, int, Hashable]] = []
-        self._tickets = count()
-
-    def __iter__(self) -> Iterator[Pending[AnswerT]]:
-        return (pending for waiting in self._waiting.values() for pending in waiting)
-
-    def append(self, pending: Pending[AnswerT]) -> None:
-        """Add a request behind all others of its key."""
-        self.rows += pending.rows
-        waiting = self._waiting.get(pending.key)
-        if waiting is not None:
-            waiting.append(pending)
-        else:
-            self._waiting[pending.key] = deque((pending,))
-            heappush(self._order, (pending.arrival_s, next(self._tickets), pending.key))
-
-    @property
-    def oldest(self) -> Sequence[Pending[AnswerT]]:
-        """The requests of the key that goes next, in order of arrival; empty when nothing waits."""
-        return self._waiting[self._order[0][2]] if self._order else ()
-
-    def pop_oldest(self) -> deque[Pending[AnswerT]]:
-        """Remove the key that goes next with all of its requests; give back with ``restore`` what is not taken."""
-        return self._waiting.pop(heappop(self._order)[2])
-
-    def restore(self, waiting: deque[Pending[AnswerT]]) -> None:
-        """Put the rest of a key back in its place."""
-        if waiting:
-            self._waiting[waiting[0].key] = waiting
-            heappush(self._order, (waiting[0].arrival_s, next(self._tickets), waiting[0].key))
-
-    def replace(self, keep: Sequence[Pending[AnswerT]]) -> None:
-        """Keep only the given requests, which must be in the order in which iteration yields them."""
-        self.rows = 0
-        self._waiting.clear()
-        self._order.clear()
-        for pending in keep:
-            self.rows += pending.rows
-            self._waiting.setdefault(pending.key, deque()).append(pending)
-        self._order.extend((waiting[0].arrival_s, next(self._tickets), key) for key, waiting in self._waiting.items())
-        heapify(self._order)
-
-
-def pending_of(
-    request: InferRequest, batchable: bool, now: float, default_timeout_s: float, future: AnswerT
-) -> Pending[AnswerT]:
-    """Make the queue's view of a request.
+    - Cancelled requests that are met on the way leave the queue, and so do those whose deadline has passed or would
+      pass even if they ran alone now.
+    - A batch never grows beyond what its earliest deadline allows, unless that would waste the lane on it: where the
+      rows per second fall below half of those of a full batch, the request that forces it is dropped instead.
+    - A request of more than ``max_rows`` rows, and one that must run ``alone``, makes a batch of its own.
+    - Requests of unequal length share a batch while padding adds at most half. Where more wait than fit, those of the
+      most similar length go with the first one.
 
     Args:
-        request: The request, already checked against the model's signature.
-        batchable: Whether axis 0 of every input counts rows.
-        now: The time of arrival.
-        default_timeout_s: Timeout of a request that names none (or 0); 0 means no deadline.
-        future: Where the outcome goes.
-
-    Raises:
-        SignatureMismatch: If the model is batchable and the inputs have no common axis 0 or no rows.
+        queue: Where requests wait.
+        now: The time.
+        max_rows: Rows that fill a batch.
+        times: Predicted run times; unknown ones promise nothing, and drop only what has expired.
     """
-    timeout_s = request.timeout_s or default_timeout_s
-    deadline_s = now + timeout_s if timeout_s > 0 else None
-    rows, key = _rows_and_key(request.inputs) if batchable else (1, None)
-    return Pending(request, rows, key, now, deadline_s, future)
-
-
-def _rows_and_key(inputs: Tensors) -> tuple[int, Hashable]:
-    rows = None
-    key = []
-    # Clients may name the same inputs in any order.
-    for name in inputs if len(inputs) == 1 else sorted(inputs):
-        array = inputs[name]
-        shape = array.shape
-        if rows is None and shape:
-            rows = shape[0]
-        elif not shape or shape[0] != rows:
-            shapes = ", ".join(f"'{name}' has shape {list(array.shape)}" for name, array in inputs.items())
-            raise SignatureMismatch(f"inputs disagree on batch size: {shapes}; axis 0 must be the same in all")
-        key.append((name, array.dtype, shape[1:]))
-    if not rows:
-        raise SignatureMismatch("the request has no rows; axis 0 of every input must be at least 1")
-    return rows, tuple(key)
-
-
-def plan(queue: RequestQueue[AnswerT], now: float, max_rows: int) -> Plan[AnswerT]:
-    """Take the next batch out of the queue: the oldest request and what may travel with it, in order of arrival.
-
-    Cancelled and expired requests that are met on the way leave the queue too. A request of more than ``max_rows``
-    rows makes a batch of its own.
-    """
-    batch: list[Pending[AnswerT]] = []
     expired: list[Pending[AnswerT]] = []
-    rows = 0
-    while not batch and queue.rows:
-        waiting = queue.pop_oldest()
-        while waiting and rows < max_rows:
-            pending = waiting[0]
-            alive = not pending.future.done()
-            if alive and pending.deadline_s is not None and pending.deadline_s <= now:
-                expired.append(pending)
-                alive = False
-            if alive and batch and rows + pending.rows > max_rows:
-                break
-            queue.rows -= pending.rows
-            waiting.popleft()
-            if alive:
-                batch.append(pending)
-                rows += pending.rows
-            elif not batch:
-                break  # Without its oldest request it may be another key's turn.
+    while queue.rows:
+        waiting = queue.pop_first()
+        forming: _Forming[AnswerT] = _Forming(now, max_rows, times, waiting)
+        forming.meet(_nearest(waiting, max_rows))
+        _leave(waiting, forming.met)
+        queue.rows -= sum(pending.rows for pending in forming.met)
         queue.restore(waiting)
-    return Plan(batch, rows, expired)
+        expired += forming.expired
+        if forming.batch:
+            return Plan(forming.batch, forming.rows, expired)
+    return Plan([], 0, expired)
 
 
-def sweep(queue: RequestQueue[AnswerT], now: float) -> tuple[list[Pending[AnswerT]], float | None]:
-    """Take every cancelled and every expired request out of the queue; O(waiting requests).
+class _Forming(Generic[AnswerT]):
+    """A batch while it grows.
 
-    Returns:
-        The expired requests, and the earliest deadline of those that still wait (``None``: nobody has one).
+    Attributes:
+        batch: The requests in it.
+        rows: Their rows.
+        met: Requests that leave the queue: those in the batch, the expired and the cancelled.
+        expired: Requests that cannot be answered in time.
     """
-    keep: list[Pending[AnswerT]] = []
-    expired: list[Pending[AnswerT]] = []
-    earliest_s = None
-    for pending in queue:
-        deadline_s = pending.deadline_s
-        if pending.future.done():
-            continue
-        if deadline_s is None:
-            keep.append(pending)
-        elif deadline_s <= now:
-            expired.append(pending)
+
+    def __init__(self, now: float, max_rows: int, times: Times, waiting: Sequence[Pending[AnswerT]]) -> None:
+        self._now, self._max_rows, self._times, self._waiting = now, max_rows, times, waiting
+        self._due_s = math.inf  # the earliest deadline in the batch
+        self._longest = self._positions = 0
+        self.batch: list[Pending[AnswerT]] = []
+        self.rows = 0
+        self.met: list[Pending[AnswerT]] = []
+        self.expired: list[Pending[AnswerT]] = []
+
+    def meet(self, candidates: Iterable[Pending[AnswerT]]) -> None:
+        """Take candidates in their order until the batch is full."""
+        for pending in candidates:
+            if pending.future.done() or self._is_lost(pending):
+                self.met.append(pending)
+                if not pending.future.done():
+                    self.expired.append(pending)
+                if not self.batch:
+                    return  # Without its first request it may be another key's turn.
+                continue
+            if self.batch:
+                if pending.alone or self.rows + pending.rows > self._max_rows:
+                    return
+                if self._wastes(pending):
+                    continue
+                if self._is_late_with(pending) and not self._sacrifice():
+                    return
+            self._take(pending)
+            if self.rows >= self._max_rows or pending.alone:
+                return
+
+    def _take(self, pending: Pending[AnswerT]) -> None:
+        self.batch.append(pending)
+        self.met.append(pending)
+        self.rows += pending.rows
+        if pending.deadline_s is not None:
+            self._due_s = min(self._due_s, pending.deadline_s)
+        if pending.length:
+            self._longest = max(self._longest, pending.length)
+            self._positions += pending.rows * pending.length
+
+    def _is_lost(self, pending: Pending[AnswerT]) -> bool:
+        return pending.deadline_s is not None and self._now + self._times.run_s(pending.rows) >= pending.deadline_s
+
+    def _wastes(self, pending: Pending[AnswerT]) -> bool:
+        """Whether padding everyone to one length would add more than it may."""
+        if not pending.length:
+            return False
+        padded = max(self._longest, pending.length) * (self.rows + pending.rows)
+        return padded > MOST_PADDING * (self._positions + pending.rows * pending.length)
+
+    def _is_late_with(self, pending: Pending[AnswerT]) -> bool:
+        due_s = self._due_s if pending.deadline_s is None else min(self._due_s, pending.deadline_s)
+        return due_s < math.inf and self._now + self._times.safe_s(self.rows + pending.rows) > due_s
+
+    def _sacrifice(self) -> bool:
+        """Drop what would be late in a full batch, if keeping it halves the rows per second; return whether it did."""
+        full_rows = min(self._max_rows, sum(pending.rows for pending in self._waiting))
+        full_s = self._times.run_s(full_rows)
+        if self.rows * 2 * full_s >= full_rows * self._times.run_s(self.rows):
+            return False
+        late = [p for p in self.batch if p.deadline_s is not None and self._now + full_s > p.deadline_s]
+        kept = [p for p in self.batch if p not in late]
+        if not late:
+            return False
+        self.expired += late
+        self.batch, self.rows, self._due_s, self._longest, self._positions = [], 0, math.inf, 0, 0
+        for pending in kept:
+            self.met.remove(pending)
+            self._take(pending)
+        return True
+
+
+def _nearest(waiting: deque[Pending[AnswerT]], max_rows: int) -> Iterable[Pending[AnswerT]]:
+    """Return the candidates for a batch: by length where they have one and more wait than fit, else as they wait."""
+    first = waiting[0]
+    if not first.length or len(waiting) <= max_rows:
+        return waiting
+    window = list(islice(waiting, _WINDOW_BATCHES * max_rows))
+    return sorted(window, key=lambda pending: abs(pending.length - first.length))
+
+
+def _leave(waiting: deque[Pending[AnswerT]], met: Sequence[Pending[AnswerT]]) -> None:
+    """Take requests out of the waiting ones; they are mostly the first."""
+    for pending in met:
+        if waiting[0] is pending:
+            waiting.popleft()
         else:
-            keep.append(pending)
-            earliest_s = deadline_s if earliest_s is None else min(earliest_s, deadline_s)
-    queue.replace(keep)
-    return expired, earliest_s
+            waiting.remove(pending)
 
 
 def ready_at(queue: RequestQueue[AnswerT], max_rows: int, delay_s: float, run_s: float) -> float:
@@ -237,8 +223,8 @@ def ready_at(queue: RequestQueue[AnswerT], max_rows: int, delay_s: float, run_s:
         delay_s: How old the oldest request may get.
         run_s: Predicted run time; the wait ends this long before the first deadline of the batch.
     """
-    waiting = queue.oldest
-    ready_s = waiting[0].arrival_s + delay_s
+    waiting = queue.first
+    ready_s = min(pending.arrival_s for pending in waiting) + delay_s
     rows = 0
     for pending in waiting:
         rows += pending.rows
@@ -249,7 +235,7 @@ def ready_at(queue: RequestQueue[AnswerT], max_rows: int, delay_s: float, run_s:
     return ready_s
 
 
-def assemble(batch: Sequence[Pending[AnswerT]]) -> Tensors:
+def assemble(batch: Sequence[Pending[AnswerT]], ragged: Ragged) -> Tensors:
     """Join the inputs of a batch along axis 0, with one copy; a batch of one passes through without any.
 
     Returns:
@@ -258,30 +244,35 @@ def assemble(batch: Sequence[Pending[AnswerT]]) -> Tensors:
     first = batch[0].request.inputs
     if len(batch) == 1:
         return first
+    longest = max(pending.length for pending in batch)
+    if any(pending.length != longest for pending in batch):
+        return ragged.join([pending.request.inputs for pending in batch], sum(p.rows for p in batch), longest)
     return {name: np.concatenate([pending.request.inputs[name] for pending in batch]) for name in first}
 
 
-def split(outputs: Tensors, rows: Sequence[int]) -> list[Tensors]:
-    """Part a batch's outputs along axis 0 into views, one mapping per request.
+def split(outputs: Tensors, batch: Sequence[Pending[AnswerT]], ragged: Ragged) -> list[Tensors]:
+    """Part a batch's outputs along axis 0 into views, one mapping per request, without what padding added.
 
     Args:
         outputs: Name -> array of shape [sum of rows, ...].
-        rows: Rows per request, in the order of the batch.
+        batch: The requests, in their order in the batch.
+        ragged: How they were padded.
 
     Raises:
         InferenceFailed: If axis 0 of an output is not the sum of rows: nobody can tell which row belongs to whom.
     """
-    total = sum(rows)
+    total = sum(pending.rows for pending in batch)
     for name, array in outputs.items():
         if array.ndim == 0 or array.shape[0] != total:
             raise InferenceFailed(f"output '{name}' has shape {list(array.shape)} for a batch of {total} rows")
-    if len(rows) == 1:
+    if len(batch) == 1:
         return [outputs]
     parts: list[Tensors] = []
+    longest = max(pending.length for pending in batch)
     start = 0
-    for size in rows:
-        stop = start + size
+    for pending in batch:
+        stop = start + pending.rows
         part: dict[str, Array] = {name: array[start:stop] for name, array in outputs.items()}
-        parts.append(part)
+        parts.append(part if pending.length == longest else ragged.cut(part, pending.length))
         start = stop
     return parts

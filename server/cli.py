@@ -29,6 +29,8 @@ _HELP = {
     "max_queue_rows": "Rows that may wait per model; more are refused with 429 and Retry-After.",
     "max_queue_delay_s": "Seconds that an idle lane may wait for a fuller batch. 0 runs at once: batches still grow "
     "whenever all lanes are busy.",
+    "max_queue_s": "Seconds of predicted work that may wait per model, beside the limit of rows; 0 sets none.",
+    "brownout": "Serve the most faithful variant, and the fastest one only under overload.",
     "default_timeout_s": "Deadline of requests that name none, in seconds; 0 means no deadline.",
     "max_body_bytes": "Largest request body, also after decompression; larger ones are refused with 413.",
     "shutdown_grace_s": "Seconds between SIGTERM, when /v2/health/ready turns 503, and the closing of the socket; in "

@@ -16,6 +16,7 @@
     │   └── DeadlineUnmeetable          429 deadline_unmeetable
     ├── Unavailable                     503 unavailable
     │   ├── ModelNotReady               503 model_not_ready
+    │   ├── LaneDown                    503 lane_down              every lane that could run it fails
     │   └── Draining                    503 draining
     ├── DeadlineExpired                 504 deadline_expired       expired while waiting in the queue
     ├── InferenceFailed                 500 inference_failed       the session raised; details are in the log only
@@ -130,6 +131,21 @@ class ModelNotReady(Unavailable):
     """The model is loading or failed to load."""
 
     code = "model_not_ready"
+
+
+class LaneDown(Unavailable):
+    """Every lane that could run the request fails.
+
+    Args:
+        message: Which.
+        retry_after_s: Seconds until the next one is tried.
+    """
+
+    code = "lane_down"
+
+    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class Draining(Unavailable):

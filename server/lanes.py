@@ -10,7 +10,7 @@ from server.host import read_host
 from server.providers import Device, usable_cores
 from server.scheduler import LaneSpec
 from server.session import MEASURED_ROWS, Session, measure_latency, synthetic_inputs
-from server.tensors import Signature, TensorSpec
+from server.tensors import Signature, Tensors, TensorSpec
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +25,7 @@ class Lanes:
         artifact: What to open.
         devices: The devices that really work, the preferred one first.
         cpu_instances: Lanes of such a CPU variant; 0 means as many as its threads fit into the usable cores.
+        brownout: Whether every variant on the CPU gets several lanes, since each may have to serve alone.
 
     Attributes:
         specs: What the scheduler feeds.
@@ -37,8 +38,11 @@ class Lanes:
         ArtifactError: If an optimized artifact lacks its golden outputs.
     """
 
-    def __init__(self, artifact: Artifact, devices: tuple[Device, ...], cpu_instances: int) -> None:
-        self._artifact, self._manifest, self._cpu_instances = artifact, artifact.manifest, cpu_instances
+    def __init__(
+        self, artifact: Artifact, devices: tuple[Device, ...], cpu_instances: int, *, brownout: bool = False
+    ) -> None:
+        self._artifact, self._manifest = artifact, artifact.manifest
+        self._cpu_instances, self._brownout = cpu_instances, brownout
         self._golden = read_golden(artifact.folder) if artifact.manifest is not None else None
         self._sessions: list[Session] = []
         self.specs: list[LaneSpec] = []
@@ -63,21 +67,39 @@ class Lanes:
 
     def _place(self, variant: Variant, device: Device) -> None:
         session = self._open(variant, device)
-        latency = variant.latency
+        latency, probe = variant.latency, self._probe()
         if self._manifest is None:
-            latency, may_batch = _observe(session)
+            latency, may_batch, probe = _observe(session)
             self.batchable = self.batchable and may_batch
         is_first_on_cpu = device.kind == "cpu" and not any(spec.device == device.name for spec in self.specs)
         threads = 1 if device.kind != "cpu" else variant.options.intra_op_threads or usable_cores()
         from_rows = 0 if is_first_on_cpu else variant.from_rows
-        is_main = is_first_on_cpu or (device.kind == "cpu" and from_rows)
+        is_main = device.kind == "cpu" and (is_first_on_cpu or from_rows or self._brownout)
         count = (self._cpu_instances or max(1, usable_cores() // threads)) if is_main else 1
         for number in range(count):
             # One-thread sessions compute in the calling thread, so lanes can share one and its memory. A session with
             # more has one pool of threads, which its callers would have to share.
             if number and threads > 1:
                 session = self._open(variant, device)
-            self.specs.append(LaneSpec(variant.name, device.name, session, latency, threads, from_rows))
+            self.specs.append(
+                LaneSpec(
+                    variant.name,
+                    device.name,
+                    session,
+                    latency,
+                    threads,
+                    from_rows,
+                    variant.fidelity.agreement if variant.fidelity is not None else 1.0,
+                    probe,
+                )
+            )
+
+    def _probe(self) -> Tensors | None:
+        """Return inputs that are known to work: the first golden row."""
+        if self._golden is None:
+            return None
+        rows = slice(1) if self.batchable else slice(None)
+        return {name: array[rows] for name, array in self._golden.inputs.items()}
 
     def _open(self, variant: Variant, device: Device) -> Session:
         if variant.host_bound and variant.host != (here := read_host().fingerprint):
@@ -128,25 +150,30 @@ def _agree(declared: TensorSpec, seen: TensorSpec) -> bool:
     return all(size == other or -1 in (size, other) for size, other in sizes)
 
 
-def _observe(session: Session) -> tuple[LatencyTable | None, bool]:
-    """Warm up a plain model and measure it as far as inputs of ones allow; also return whether it may be batched."""
+def _observe(session: Session) -> tuple[LatencyTable | None, bool, Tensors | None]:
+    """Warm up a plain model and measure it as far as inputs of ones allow.
+
+    Returns:
+        Its latency table, whether it may be batched, and the inputs that it has run.
+    """
     signature = session.signature
     batchable = signature.shares_batch_axis
+    ones = synthetic_inputs(signature, 1)
     try:
-        session.run(synthetic_inputs(signature, 1))
+        session.run(ones)
     except InferenceFailed as exc:
         logger.info("not warmed up, inputs of ones do not suit the model: %s", exc)
-        return None, batchable
+        return None, batchable, None
     if batchable and not _runs_two_rows(session):
         logger.warning("the model declares a variable batch axis but does not map two rows to two; it is not batched")
         batchable = False
     if _has_open_sizes(signature, batchable):
-        return None, batchable
+        return None, batchable, ones
     try:
-        return measure_latency(session, MEASURED_ROWS if batchable else (1,)), batchable
+        return measure_latency(session, MEASURED_ROWS if batchable else (1,)), batchable, ones
     except InferenceFailed as exc:
         logger.info("not measured: %s", exc)
-        return None, batchable
+        return None, batchable, ones
 
 
 def _has_open_sizes(signature: Signature, batchable: bool) -> bool:

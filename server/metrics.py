@@ -10,6 +10,7 @@ from prometheus_client.exposition import generate_latest
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 # 100 us to 26 s, each bucket twice the one before.
 SECONDS = tuple(1e-4 * 2**power for power in range(19))
+RATIOS = (0.25, 0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 4.0)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 _MODEL = ("model", "version")
@@ -45,6 +46,15 @@ class Metrics:
         self.compute_seconds = Histogram(
             "slipstream_compute_seconds", "Run time per batch.", _LANE, buckets=SECONDS, registry=registry
         )
+        self.prediction_ratio = Histogram(
+            "slipstream_prediction_ratio", "Run time by its prediction.", _LANE, buckets=RATIOS, registry=registry
+        )
+        self.retries = Counter(
+            "slipstream_retries", "Requests run once more after their batch failed.", _MODEL, registry=registry
+        )
+        self.brownout = Gauge(
+            "slipstream_brownout", "1 while overload is served by the fastest variant.", _MODEL, registry=registry
+        )
 
     def text(self) -> bytes:
         """Render all metrics in Prometheus' text format."""
@@ -63,8 +73,10 @@ class ModelMetrics:
         self._queue_seconds = metrics.queue_seconds.labels(model, version)
         self._queue_rows = metrics.queue_rows.labels(model, version)
         self._ready = metrics.model_ready.labels(model, version)
+        self._retries = metrics.retries.labels(model, version)
+        self._brownout = metrics.brownout.labels(model, version)
         self._results: dict[str, Counter] = {}
-        self._lanes: dict[tuple[str, str], tuple[Histogram, Histogram]] = {}
+        self._lanes: dict[tuple[str, str], tuple[Histogram, Histogram, Histogram]] = {}
 
     def request_finished(self, code: str, seconds: float) -> None:
         """Count one answer: ``ok`` or an error's code, and its time since arrival."""
@@ -78,15 +90,27 @@ class ModelMetrics:
         """Record how long one request waited."""
         self._queue_seconds.observe(queue_s)
 
-    def batch_finished(self, variant: str, device: str, rows: int, compute_s: float) -> None:
-        """Record one executed batch."""
+    def batch_finished(self, variant: str, device: str, rows: int, compute_s: float, ratio: float | None) -> None:
+        """Record one executed batch, and the ratio of its time to the predicted one, if there was a prediction."""
         lane = self._lanes.get((variant, device))
         if lane is None:
             labels = (*self._labels, variant, device)
-            lane = (self._metrics.batch_rows.labels(*labels), self._metrics.compute_seconds.labels(*labels))
+            kinds = (self._metrics.batch_rows, self._metrics.compute_seconds, self._metrics.prediction_ratio)
+            rows_of, seconds_of, ratios_of = (kind.labels(*labels) for kind in kinds)
+            lane = (rows_of, seconds_of, ratios_of)
             self._lanes[variant, device] = lane
         lane[0].observe(rows)
         lane[1].observe(compute_s)
+        if ratio is not None:
+            lane[2].observe(ratio)
+
+    def retried(self, count: int) -> None:
+        """Count requests that run once more."""
+        self._retries.inc(count)
+
+    def brownout(self, begins: bool) -> None:
+        """Set whether a brown-out is on."""
+        self._brownout.set(begins)
 
     def queue_rows(self, rows: int) -> None:
         """Set the number of waiting rows."""

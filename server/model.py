@@ -11,8 +11,8 @@ from server.batching import BatchLimits
 from server.errors import ModelNotReady
 from server.lanes import Lanes
 from server.metrics import Metrics, ModelMetrics
-from server.providers import Device, usable_cores
-from server.scheduler import Scheduler
+from server.providers import Device
+from server.scheduler import Cores, Scheduler
 from server.session import MEASURED_ROWS, check_text
 from server.settings import Settings
 from server.tensors import InferRequest, InferResponse, TensorSpec
@@ -66,13 +66,16 @@ class Model:
             StartupError: If no variant can be served; the message holds the reason of each. ``ArtifactError`` if
                 there are no golden outputs to check against.
         """
-        lanes = Lanes(artifact, devices, settings.cpu_instances)
+        lanes = Lanes(artifact, devices, settings.cpu_instances, brownout=settings.brownout)
         limits = BatchLimits(
             batchable=lanes.batchable,
             max_rows=artifact.manifest.batching.max_rows if artifact.manifest is not None else MEASURED_ROWS[-1],
             max_queue_rows=settings.max_queue_rows,
             max_queue_delay_s=settings.max_queue_delay_s,
             default_timeout_s=settings.default_timeout_s,
+            max_queue_s=settings.max_queue_s,
+            brownout=settings.brownout,
+            padding=artifact.manifest.padding if artifact.manifest is not None else None,
         )
         logger.info(
             "loaded %s/%s: lanes %s, batching %s%s",
@@ -86,12 +89,21 @@ class Model:
 
     @property
     def ready(self) -> bool:
-        """Whether it takes requests."""
-        return self.state == "ready"
+        """Whether it takes requests: it has started, and a lane of it is up."""
+        return self.state == "ready" and self._scheduler is not None and self._scheduler.serves
 
-    def start(self) -> None:
-        """Start the lanes and become ready; on the event loop."""
-        self._scheduler = Scheduler(self._lanes.specs, self._limits, self._metrics, usable_cores())
+    @property
+    def lanes_down(self) -> tuple[str, ...]:
+        """The lanes that get no work because they fail, as ``variant on device``."""
+        return self._scheduler.lanes_down if self._scheduler is not None else ()
+
+    def start(self, cores: Cores) -> None:
+        """Start the lanes and become ready; on the event loop.
+
+        Args:
+            cores: The cores, shared with the other models.
+        """
+        self._scheduler = Scheduler(self._lanes.specs, self._limits, self._metrics, cores)
         self.state = "ready"
         for variant in self.variants:
             self._metrics.variant_served(variant, True)
@@ -111,6 +123,7 @@ class Model:
             DeadlineUnmeetable: If the answer is predicted to come after the deadline.
             DeadlineExpired: If the deadline passed in the queue.
             InferenceFailed: If the session raised.
+            LaneDown: If every lane that could run it fails.
             Draining: If the model is shutting down.
             ModelNotReady: If it has not been started.
         """

@@ -16,7 +16,8 @@ from server.artifact import is_complete, read_artifact
 from server.errors import ModelNotReady, SlipstreamError, StartupError, UnknownModel
 from server.metrics import Metrics
 from server.model import Model
-from server.providers import Device, usable_devices
+from server.providers import Device, usable_cores, usable_devices
+from server.scheduler import Cores
 from server.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -48,6 +49,7 @@ class Repository:
         self._latest: dict[str, Model] = {}  # the highest version that became ready
         self._loading: list[Key] = []
         self._is_open = False
+        self._cores = Cores(usable_cores())
         self.failures: dict[Key, str] = {}
 
     @property
@@ -118,7 +120,7 @@ class Repository:
             logger.warning("%s/%s cannot be served: %s", *key, exc)
             self.failures[key] = str(exc)
         else:
-            model.start()
+            model.start(self._cores)
             self._models[key] = model
             latest = self._latest.get(model.name)
             if latest is None or int(latest.version) < int(model.version):

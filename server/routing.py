@@ -8,19 +8,25 @@ Pure: lanes are described by ``LaneState`` values that the scheduler keeps up to
   the preferred lanes would. Without latency tables there is no prediction, and slower lanes take only pinned work.
 - A lane for large batches takes those, and only those, that reach its least number of rows; the preferred lanes leave
   them to it while it is idle.
-- Work that nobody pinned never keeps more threads of one device busy than there are cores. Pinned work is exempt and
-  is not counted, so that neither kind can starve the other.
+- Work that nobody pinned never keeps more threads of one device busy than there are cores, all models together. Pinned
+  work is exempt and is not counted, so that neither kind can starve the other.
+- A lane that is not up takes nothing, and the next one takes its place.
+- In a *brown-out* the preferred variant is the manifest's first, the fastest; otherwise, where brown-outs are allowed,
+  it is the one that agrees best with the original.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import msgspec
 
 from server.artifact import LatencyTable
-from server.batching import BatchLimits, Pending, RequestQueue
+from server.batching import BatchLimits
 from server.errors import DeadlineUnmeetable, QueueFull, Refused
+from server.estimate import Estimate
 from server.tensors import Array, Tensors
+from server.waiting import Pending, RequestQueue
 
 _RETRY_UNKNOWN_S = 1.0
 
@@ -30,6 +36,14 @@ class Runner(Protocol):
 
     def run(self, inputs: Tensors) -> dict[str, Array]:
         """Run one batch; called from the lane's thread, or on the loop for a tiny model."""
+        ...
+
+
+class Room(Protocol):
+    """Tells whether there are cores for a batch, see ``sharing.Member``."""
+
+    def has_room(self, device: str, threads: int) -> bool:
+        """Whether a batch of so many threads may start."""
         ...
 
 
@@ -43,6 +57,8 @@ class LaneSpec(msgspec.Struct, frozen=True):
         latency: Run time per batch size, measured on this host; ``None`` when never measured.
         threads: Cores that one run keeps busy; 0 means all.
         from_rows: Least rows of the batches that it takes; 0 for a lane that is not one for large batches.
+        agreement: With the original, 0 to 1: what a brown-out trades.
+        probe: Inputs that are known to work; ``None`` when there are none.
     """
 
     variant: str
@@ -51,6 +67,8 @@ class LaneSpec(msgspec.Struct, frozen=True):
     latency: LatencyTable | None
     threads: int
     from_rows: int = 0
+    agreement: float = 1.0
+    probe: Tensors | None = None
 
 
 class LaneState(msgspec.Struct, eq=False):
@@ -59,21 +77,25 @@ class LaneState(msgspec.Struct, eq=False):
     Attributes:
         variant: The variant it runs.
         device: Where it runs.
-        latency: Measured run times; ``None`` when never measured.
+        times: Predicted run times.
         threads: Cores that a run keeps busy, at least 1.
         max_rows: Rows that it takes at most in one batch (a larger single request excepted).
         from_rows: Least rows of the batches that it takes when nobody pinned it; 0 for any.
+        agreement: With the original, 0 to 1.
+        up: Whether it may get work.
         busy: Whether a batch runs.
         pinned: Whether that batch was pinned to the variant.
-        busy_until_s: When that batch is predicted to end; meaningless without ``latency``.
+        busy_until_s: When that batch is predicted to end; meaningless where nothing is predicted.
     """
 
     variant: str
     device: str
-    latency: LatencyTable | None
+    times: Estimate
     threads: int
     max_rows: int
     from_rows: int = 0
+    agreement: float = 1.0
+    up: bool = True
     busy: bool = False
     pinned: bool = False
     busy_until_s: float = 0.0
@@ -81,11 +103,7 @@ class LaneState(msgspec.Struct, eq=False):
     def start(self, rows: int, pinned: bool, now: float) -> None:
         """Note that a batch starts."""
         self.busy, self.pinned = True, pinned
-        self.busy_until_s = now + self.run_s(rows)
-
-    def run_s(self, rows: int) -> float:
-        """Predict the run time of a batch in seconds; 0 without a latency table."""
-        return self.latency.predict_s(rows) if self.latency is not None else 0.0
+        self.busy_until_s = now + self.times.run_s(rows)
 
     def free_at(self, now: float) -> float:
         """Predict when the lane is idle. An overdue batch is expected to be late by as much again."""
@@ -112,16 +130,28 @@ class Route(msgspec.Struct, frozen=True, eq=False):
 
 def state_of(spec: LaneSpec, limits: BatchLimits, cores: int) -> LaneState:
     """Return the state of an idle lane; its batches reach its measured best size within the model's limit."""
-    max_rows = limits.max_rows if limits.batchable else 1
-    if spec.latency is not None:
-        max_rows = min(spec.latency.best_rows(), max_rows)
-    return LaneState(spec.variant, spec.device, spec.latency, spec.threads or cores, max_rows, spec.from_rows)
+    times = Estimate(spec.latency)
+    max_rows = times.best_rows(limits.max_rows) if limits.batchable else 1
+    threads = spec.threads or cores
+    return LaneState(spec.variant, spec.device, times, threads, max_rows, spec.from_rows, spec.agreement)
 
 
-def routes_of(lanes: Sequence[LaneState]) -> dict[str, Route]:
-    """Return a route for every variant and one, under the empty name, for work that nobody pinned."""
-    pins = ["", *dict.fromkeys(lane.variant for lane in lanes)]
-    return {pin: _route_of(pin, lanes) for pin in pins}
+def routes_of(lanes: Sequence[LaneState], *, faithful_first: bool = False) -> dict[str, Route]:
+    """Return a route for every variant that is up and one, under the empty name, for work that nobody pinned.
+
+    Args:
+        lanes: All lanes, in the manifest's order of preference on each device.
+        faithful_first: Prefer the variant that agrees best with the original, instead of the manifest's first.
+
+    Returns:
+        Pin -> route; nothing for a pin without a lane that is up.
+    """
+    alive = [lane for lane in lanes if lane.up]
+    if faithful_first:
+        devices = list(dict.fromkeys(lane.device for lane in alive))
+        alive.sort(key=lambda lane: (devices.index(lane.device), -lane.agreement))
+    pins = ["", *dict.fromkeys(lane.variant for lane in alive)] if alive else []
+    return {pin: _route_of(pin, alive) for pin in pins}
 
 
 def _route_of(pin: str, lanes: Sequence[LaneState]) -> Route:
@@ -135,59 +165,50 @@ def _route_of(pin: str, lanes: Sequence[LaneState]) -> Route:
     return Route(pin, preferred, bulk, slower, rivals)
 
 
-def may_take(lane: LaneState, route: Route, queue: RequestQueue[Any], now: float, cores: int) -> bool:
-    """Whether an idle lane may take the oldest work of a route now.
+def may_take(lane: LaneState, route: Route, queue: RequestQueue[Any], now: float, room: Room) -> bool:
+    """Whether an idle lane may take the first work of a route now.
 
     Args:
         lane: An idle lane of the route.
         route: The route of the work.
         queue: The work, at least one request.
         now: The time.
-        cores: Cores that work without a pin may keep busy on one device.
+        room: Tells whether there are cores for it.
     """
-    if not route.pin and not _has_core(lane, route, cores):
+    if not route.pin and not room.has_room(lane.device, lane.threads):
         return False
     if lane in route.bulk:
         return _is_large(lane, queue)
     if lane in route.preferred:
         return not any(
-            _is_large(other, queue) and not other.busy and _has_core(other, route, cores) for other in route.bulk
+            _is_large(other, queue) and not other.busy and room.has_room(other.device, other.threads)
+            for other in route.bulk
         )
-    if lane.latency is None or not all(other.busy and other.latency is not None for other in route.preferred):
+    if not lane.times.known or not all(other.busy and other.times.known for other in route.preferred):
         return False
     rows = _rows_for(lane, queue)
-    return now + lane.run_s(rows) < min(other.free_at(now) + other.run_s(rows) for other in route.preferred)
+    return now + lane.times.run_s(rows) < min(other.free_at(now) + other.times.run_s(rows) for other in route.preferred)
 
 
 def _rows_for(lane: LaneState, queue: RequestQueue[Any]) -> int:
-    return max(queue.oldest[0].rows, min(queue.rows, lane.max_rows))
+    return max(queue.first[0].rows, min(queue.rows, lane.max_rows))
 
 
 def _is_large(lane: LaneState, queue: RequestQueue[Any]) -> bool:
     return _rows_for(lane, queue) >= lane.from_rows
 
 
-def _has_core(lane: LaneState, route: Route, cores: int) -> bool:
-    busy = 0
-    for lanes in (route.preferred, route.bulk, route.slower):
-        for other in lanes:
-            if other.busy and not other.pinned and other.device == lane.device:
-                busy += other.threads
-    # A lane of more threads than cores must be able to run when it is alone.
-    return busy == 0 or busy + lane.threads <= cores
-
-
 def choose(
-    lane: LaneState, routes: Mapping[str, Route], queues: Mapping[str, RequestQueue[Any]], now: float, cores: int
+    lane: LaneState, routes: Mapping[str, Route], queues: Mapping[str, RequestQueue[Any]], now: float, room: Room
 ) -> str | None:
-    """Return the pin of the queue from which an idle lane takes now, the oldest request first; ``None`` for none."""
-    chosen, oldest_s = None, float("inf")
+    """Return the pin of the queue from which an idle lane takes now, the first by rank; ``None`` for none."""
+    chosen, first_s = None, math.inf
     for pin in ("", lane.variant):
         queue = queues[pin]
         if queue.rows:
-            arrival_s = queue.oldest[0].arrival_s
-            if arrival_s < oldest_s and may_take(lane, routes[pin], queue, now, cores):
-                chosen, oldest_s = pin, arrival_s
+            rank_s = queue.first[0].rank_s
+            if rank_s < first_s and may_take(lane, routes[pin], queue, now, room):
+                chosen, first_s = pin, rank_s
     return chosen
 
 
@@ -195,26 +216,35 @@ def refusal(
     pending: Pending[Any],
     routes: Mapping[str, Route],
     queues: Mapping[str, RequestQueue[Any]],
-    limits: BatchLimits,
+    most_rows: int,
     now: float,
     cores: int,
 ) -> Refused | None:
     """Return why a request must not be admitted now, or ``None`` when it may wait.
 
-    The queue's limit counts the rows of all pins together. A deadline refuses only on a prediction.
+    The queue's limit counts the rows of all pins together. A deadline refuses only on a prediction, which counts the
+    work that ranks before the request.
+
+    Args:
+        pending: The request.
+        routes: Of the model.
+        queues: Of the model.
+        most_rows: Rows that may wait, see ``rows_that_may_wait``.
+        now: The time.
+        cores: Cores that the model may count on.
     """
     route = routes[pending.request.variant]
     waiting_rows = sum(queue.rows for queue in queues.values())
-    if waiting_rows and waiting_rows + pending.rows > limits.max_queue_rows:
+    if waiting_rows and waiting_rows + pending.rows > most_rows:
         drained_s = predict_completion(route, waiting_rows, 0, now, cores)
         return QueueFull(
             f"{waiting_rows} rows wait and the request has {pending.rows}; the queue holds "
-            f"{limits.max_queue_rows}: retry later or add a replica",
+            f"{most_rows}: retry later or add a replica",
             _RETRY_UNKNOWN_S if drained_s is None else drained_s - now,
         )
     if pending.deadline_s is None:
         return None
-    backlog_rows = sum(queues[pin].rows for pin in route.rivals)
+    backlog_rows = sum(queues[pin].rows_before(pending.rank_s) for pin in route.rivals if queues[pin].rows)
     done_s = predict_completion(route, backlog_rows, pending.rows, now, cores)
     if done_s is None or done_s <= pending.deadline_s:
         return None
@@ -248,10 +278,10 @@ def predict_completion(route: Route, backlog_rows: int, rows: int, now: float, c
     free_s = [lane.free_at(now) + skipped_s for lane in lanes]
     while True:
         sizes = [_batch_size(left, rows, lane.max_rows) for lane in lanes]
-        ends = [at + lane.run_s(size) for at, lane, size in zip(free_s, lanes, sizes, strict=True)]
+        ends = [at + lane.times.run_s(size) for at, lane, size in zip(free_s, lanes, sizes, strict=True)]
         first = ends.index(min(ends))
-        if sizes[first] == left + rows:
-            return ends[first]
+        if sizes[first] == left + rows:  # its own batch, whose time must be one that 99 of 100 runs keep
+            return free_s[first] + lanes[first].times.safe_s(sizes[first])
         free_s[first] = ends[first]
         left -= sizes[first]
 
@@ -264,7 +294,7 @@ def _skip_waves(lanes: Sequence[LaneState], backlog_rows: int) -> tuple[float, i
     wave = sum(lane.max_rows for lane in lanes)
     if backlog_rows <= 8 * wave:
         return 0.0, backlog_rows
-    rows_per_s = sum(lane.max_rows / max(lane.run_s(lane.max_rows), 1e-9) for lane in lanes)
+    rows_per_s = sum(lane.max_rows / max(lane.times.run_s(lane.max_rows), 1e-9) for lane in lanes)
     return (backlog_rows - 4 * wave) / rows_per_s, 4 * wave
 
 
@@ -274,14 +304,29 @@ def _batch_size(left: int, rows: int, max_rows: int) -> int:
 
 def _parallel(route: Route, rows: int, cores: int) -> list[LaneState]:
     """Return the lanes that can run this work at the same time, in order; none when there is no prediction."""
-    if any(lane.latency is None for lane in route.preferred):
+    if any(not lane.times.known for lane in route.preferred):
         return []
     lanes: list[LaneState] = []
     busy: dict[str, int] = {}
     bulk = [lane for lane in route.bulk if rows >= lane.from_rows]
     for lane in (*bulk, *route.preferred, *route.slower):
         threads = busy.get(lane.device, 0) + lane.threads
-        if lane.latency is not None and (route.pin or lane.device not in busy or threads <= cores):
+        if lane.times.known and (route.pin or lane.device not in busy or threads <= cores):
             busy[lane.device] = threads
             lanes.append(lane)
     return lanes
+
+
+def rows_that_may_wait(route: Route, limits: BatchLimits, cores: int) -> int:
+    """Return how many rows may wait: the limit by count, or by predicted work if that is less.
+
+    Args:
+        route: Of work that nobody pinned.
+        limits: Of the model.
+        cores: Cores that the model may count on.
+    """
+    lanes = _parallel(route, 0, cores) if limits.max_queue_s else []
+    if not lanes:
+        return limits.max_queue_rows
+    rows_per_s = sum(lane.max_rows / max(lane.times.run_s(lane.max_rows), 1e-9) for lane in lanes)
+    return max(1, min(limits.max_queue_rows, int(limits.max_queue_s * rows_per_s)))

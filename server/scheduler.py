@@ -1,84 +1,43 @@
-"""The scheduler of one model: bounded queues, lanes that pull from them, deadlines, cancellation, draining.
+"""The scheduler of one model: bounded queues, lanes that pull from them, deadlines, cancellation, failure, draining.
 
-All state belongs to the event loop. A lane's thread only runs batches: it blocks on its mailbox, and hands each outcome
-to the loop with one wake-up, so a batch costs two thread switches however many requests it holds. What may wait, share
-a batch, or go where is decided in ``batching`` and ``routing``; this module holds only threads, timers and futures.
+All state belongs to the event loop. What may wait, share a batch, or go where is decided in ``batching``, ``order`` and
+``routing``; batches run in ``worker``; this module holds only timers and futures. It does not know who calls it: an
+application in the same process, or front ends in others.
 """
 
 import asyncio
 import logging
-import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from queue import SimpleQueue
-
-import msgspec
 
 from server import batching, routing
-from server.batching import BatchLimits, Pending, Plan, RequestQueue
-from server.errors import DeadlineExpired, Draining, InferenceFailed, SlipstreamError, UnknownVariant
+from server.admission import Admission
+from server.batching import BatchLimits
+from server.errors import Draining, InferenceFailed, SlipstreamError, UnknownVariant
 from server.metrics import ModelMetrics
-from server.routing import LaneSpec, LaneState, Runner
-from server.tensors import InferRequest, Tensors
+from server.outcome import Completion, Future, drained, expired, fail
+from server.ragged import Ragged
+from server.recovery import Recovery
+from server.routing import LaneSpec, Runner
+from server.sharing import Cores
+from server.tensors import InferRequest
+from server.timer import Timer
+from server.waiting import Pending, RequestQueue, sweep
+from server.worker import INLINE_BATCH_S, Run, Worker
 
-__all__ = ["BatchLimits", "Completion", "LaneSpec", "Runner", "Scheduler"]
+__all__ = ["BatchLimits", "Completion", "Cores", "LaneSpec", "Runner", "Scheduler"]
 
 logger = logging.getLogger(__name__)
 
-# A lane whose single-row run is shorter than this runs on the loop: two thread switches would cost more than the run.
-INLINE_LANE_S = 1e-4
-# ...except a batch that is predicted to hold the loop for longer than this.
-INLINE_BATCH_S = 1e-3
 # The deadline timer coalesces expiries that are closer together, so that a queue that expires costs little.
 _EXPIRY_STEP_S = 1e-3
 # Cancelled requests are looked for at most this often when admission would refuse.
 _SWEEP_STEP_S = 1e-2
-
-
-class Completion(msgspec.Struct, frozen=True):
-    """The answer to one request.
-
-    Attributes:
-        outputs: Name -> array with the request's own rows; views of the batch's outputs.
-        variant: The variant that ran it.
-        device: Where.
-        batch_rows: Rows of the batch.
-        queue_s: Seconds from admission to dispatch.
-        compute_s: Seconds of the batch's run with assembly and split.
-    """
-
-    outputs: Tensors
-    variant: str
-    device: str
-    batch_rows: int
-    queue_s: float
-    compute_s: float
-
-
-_Future = asyncio.Future[Completion]
-
-
-class _Run:
-    """A batch on its way through a lane."""
-
-    __slots__ = ("batch", "compute_s", "error", "lane", "outputs", "started_s")
-
-    def __init__(self, lane: "_Lane", batch: Plan[_Future], started_s: float) -> None:
-        self.lane, self.batch, self.started_s = lane, batch, started_s
-        self.compute_s = 0.0
-        self.outputs: list[Tensors] = []  # per request
-        self.error: BaseException | None = None
-
-
-class _Lane:
-    """A lane's spec, its state for routing, its thread's mailbox, and the batch that it runs."""
-
-    def __init__(self, spec: LaneSpec, state: LaneState) -> None:
-        self.spec, self.state = spec, state
-        self.inline = spec.latency is not None and spec.latency.predict_s(1) < INLINE_LANE_S
-        self.mailbox: SimpleQueue[_Run | None] = SimpleQueue()
-        self.run: _Run | None = None
+# After so many batches the limit by predicted work is computed again.
+_LIMIT_STEP = 64
+# A brown-out ends when nothing has waited for this long.
+_CALM_S = 1.0
 
 
 class Scheduler:
@@ -90,7 +49,7 @@ class Scheduler:
         lanes: Lanes in order of preference; the first one's variant and device take unpinned work first.
         limits: The model's limits.
         metrics: Where waiting times, batches and the queue's length are counted.
-        cores: Cores that unpinned work may keep busy on one device.
+        cores: The cores, shared with the other models.
         clock: Monotonic seconds.
     """
 
@@ -99,35 +58,54 @@ class Scheduler:
         lanes: Sequence[LaneSpec],
         limits: BatchLimits,
         metrics: ModelMetrics,
-        cores: int,
+        cores: Cores,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._limits, self._metrics, self._cores, self._clock = limits, metrics, cores, clock
+        self._limits, self._metrics, self._clock = limits, metrics, clock
         self._loop = asyncio.get_running_loop()
-        self._lanes = [_Lane(spec, routing.state_of(spec, limits, cores)) for spec in lanes]
-        self._routes = routing.routes_of([lane.state for lane in self._lanes])
-        self._queues: dict[str, RequestQueue[_Future]] = {pin: RequestQueue() for pin in self._routes}
+        self._ragged = Ragged(limits.padding)
+        self._admission = Admission(limits, self._ragged, self._loop.create_future)
+        self._cores, self._room = cores, cores.join(self._dispatch)
+        self._workers = [self._worker(spec, cores.count) for spec in lanes]
+        self._recovery = Recovery(self._workers, metrics, clock, self._lanes_changed)
+        self._queues: dict[str, RequestQueue[Future]] = {
+            pin: RequestQueue() for pin in ("", *dict.fromkeys(spec.variant for spec in lanes))
+        }
+        self._brown = False
+        self._calm_since_s = 0.0
+        self._reroute()
         self._rows = 0  # of all queues together
+        self._batches = 0
         self._dispatch_due = False
-        self._delay = _Timer(self._loop, self._dispatch)
-        self._expiry = _Timer(self._loop, self._expire)
+        self._delay = Timer(self._loop, self._dispatch)
+        self._expiry = Timer(self._loop, self._expire)
         self._swept_s = float("-inf")
         self._draining = False
         self._drained: asyncio.Future[None] | None = None
-        self._threads = [self._start_thread(number, lane) for number, lane in enumerate(self._lanes)]
+        for number, worker in enumerate(self._workers):
+            worker.start(number)
+            self._metrics.lane_up(worker.spec.variant, worker.spec.device, True)
 
-    def _start_thread(self, number: int, lane: _Lane) -> threading.Thread:
-        spec = lane.spec
-        name = f"lane-{spec.variant}-{spec.device}-{number}"
-        # Daemonic: a process that ends without close() must not hang on a thread that waits for work.
-        thread = threading.Thread(target=self._work, args=(lane,), name=name, daemon=True)
-        thread.start()
-        self._metrics.lane_up(spec.variant, spec.device, True)
-        return thread
+    def _worker(self, spec: LaneSpec, cores: int) -> Worker:
+        state = routing.state_of(spec, self._limits, cores)
+        return Worker(spec, state, self._ragged, self._limits.batchable, self._clock, self._finish, self._probed)
+
+    def _probed(self, worker: Worker, passed: bool) -> None:
+        self._recovery.probed(worker, passed)
+
+    @property
+    def lanes_down(self) -> tuple[str, ...]:
+        """The lanes that get no work because they fail, as ``variant on device``."""
+        return self._recovery.down
+
+    @property
+    def serves(self) -> bool:
+        """Whether any lane is up."""
+        return bool(self._routes)
 
     # Admission.
 
-    def submit(self, request: InferRequest) -> asyncio.Future[Completion]:
+    def submit(self, request: InferRequest) -> Future:
         """Admit a request.
 
         Cancelling the future drops the request if its batch has not formed; a batch that runs is not stopped.
@@ -136,13 +114,14 @@ class Scheduler:
             request: A request that fits the model's signature. Its arrays must not change until the future is done.
 
         Returns:
-            A future of the answer. It fails with ``DeadlineExpired``, ``InferenceFailed`` or ``Draining``.
+            A future of the answer. It fails with ``DeadlineExpired``, ``InferenceFailed``, ``LaneDown``, ``Draining``.
 
         Raises:
             Draining: If ``drain`` or ``close`` began.
             UnknownVariant: If the request pins a variant that no lane has.
+            LaneDown: If no lane that could run it is up.
             SignatureMismatch: If the model is batched and the inputs have no common batch size.
-            QueueFull: If too many rows wait.
+            QueueFull: If too many rows wait, or too much work.
             DeadlineUnmeetable: If the answer is predicted to come after the deadline.
         """
         if self._draining:
@@ -151,25 +130,32 @@ class Scheduler:
         if queue is None:
             known = ", ".join(pin for pin in self._queues if pin)
             raise UnknownVariant(f"unknown variant '{request.variant}'; this model serves: {known}")
-        limits = self._limits
+        route = self._routes.get(request.variant)
+        if route is None:
+            raise self._recovery.error()
         now = self._clock()
-        future = self._loop.create_future()
-        pending = batching.pending_of(request, limits.batchable, now, limits.default_timeout_s, future)
-        if pending.deadline_s is not None or self._rows + pending.rows > limits.max_queue_rows:
+        pending = self._admission.pending(request, route, now)
+        if pending.deadline_s is not None or self._rows + pending.rows > self._most_rows:
             self._admit(pending, now)
-        queue.append(pending)
+        for part in self._admission.parted(pending, route):
+            queue.append(part)
         self._rows += pending.rows
         self._dispatch_soon()
         if pending.deadline_s is not None:
             self._expiry.set(pending.deadline_s, now)
-        return future
+        return pending.future
 
-    def _admit(self, pending: Pending[_Future], now: float) -> None:
-        refusal = partial(routing.refusal, pending, self._routes, self._queues, self._limits, now, self._cores)
+    def _admit(self, pending: Pending[Future], now: float) -> None:
+        def refusal() -> SlipstreamError | None:
+            return routing.refusal(pending, self._routes, self._queues, self._most_rows, now, self._room.share)
+
         refused = refusal()
         if refused is not None and now >= self._swept_s + _SWEEP_STEP_S:
             # The rows of clients that left still count; look again without them.
             self._sweep(now)
+            refused = refusal()
+        if refused is not None and self._limits.brownout and not self._brown:
+            self._brown_out(True)
             refused = refusal()
         if refused is not None:
             raise refused
@@ -185,95 +171,88 @@ class Scheduler:
     def _dispatch(self) -> None:
         """Give every idle lane that may take work its next batch; then run at most one batch on the loop itself."""
         self._dispatch_due = False
-        inline: _Run | None = None
+        inline: Run | None = None
         if self._rows:
             now = self._clock()
-            for lane in self._lanes:
-                if lane.state.busy or (lane.inline and inline is not None):
+            for worker in self._workers:
+                state = worker.state
+                if state.busy or not state.up or (worker.inline and inline is not None):
                     continue
-                run = lane.run = self._next_run(lane, now)
+                run = worker.run = self._next_run(worker, now)
                 if run is None:
                     continue
-                if lane.inline and lane.state.busy_until_s - now < INLINE_BATCH_S:
+                if worker.inline and state.busy_until_s - now < INLINE_BATCH_S:
                     inline = run
                 else:
-                    lane.mailbox.put(run)
+                    worker.post(run)
+        self._room.set_waits(self._rows > 0)
         if inline is not None:
-            self._execute(inline)
-            inline.lane.state.busy, inline.lane.run = False, None
-            self._answer(inline)
+            inline.worker.execute(inline)
+            self._settle_run(inline)
             if self._rows:
                 self._dispatch_soon()
         self._settle()
 
-    def _next_run(self, lane: _Lane, now: float) -> _Run | None:
+    def _next_run(self, worker: Worker, now: float) -> Run | None:
         """Take an idle lane's next batch out of the queues; ``None`` when there is nothing for it."""
-        state = lane.state
-        while (pin := routing.choose(state, self._routes, self._queues, now, self._cores)) is not None:
+        state = worker.state
+        while (pin := routing.choose(state, self._routes, self._queues, now, self._room)) is not None:
             queue = self._queues[pin]
             if self._limits.max_queue_delay_s and not self._draining:
-                run_s = state.run_s(state.max_rows)
+                run_s = state.times.run_s(state.max_rows)
                 ready_s = batching.ready_at(queue, state.max_rows, self._limits.max_queue_delay_s, run_s)
                 if ready_s > now:
                     self._delay.set(ready_s, now)
                     return None
             rows = queue.rows
-            batch = batching.plan(queue, now, state.max_rows)
+            batch = batching.plan(queue, now, state.max_rows, state.times)
             self._rows -= rows - queue.rows
-            _fail(batch.expired, partial(_expired, now))
+            fail(batch.expired, partial(expired, now))
             if batch.requests:
                 state.start(batch.rows, bool(pin), now)
-                return _Run(lane, batch, now)
+                if not pin:
+                    self._room.take(state.device, state.threads)
+                return Run(worker, batch, now)
         return None
 
     # Execution.
 
-    def _work(self, lane: _Lane) -> None:
-        """Run a lane's batches until its mailbox says ``None``; the body of the lane's thread."""
-        while self._work_once(lane):
-            pass
-
-    def _work_once(self, lane: _Lane) -> bool:
-        # A function of its own, so that an idle thread keeps no batch alive in its variables.
-        run = lane.mailbox.get()
-        if run is None:
-            return False
-        self._execute(run)
-        try:
-            self._loop.call_soon_threadsafe(self._finish, run)
-        except RuntimeError:  # The loop is closed: nobody is left to wait for the outcome.
-            return False
-        return True
-
-    def _execute(self, run: _Run) -> None:
-        """Assemble, run and split one batch; in the lane's thread, or on the loop for a tiny model. Never raises."""
-        started_s = self._clock()
-        try:
-            outputs = run.lane.spec.runner.run(batching.assemble(run.batch.requests))
-            run.outputs = [outputs]
-            if self._limits.batchable:
-                run.outputs = batching.split(outputs, [pending.rows for pending in run.batch.requests])
-        except BaseException as exc:  # noqa: BLE001  A thread that died would leave its clients waiting for ever.
-            run.error = exc
-        run.compute_s = self._clock() - started_s
-
-    def _finish(self, run: _Run) -> None:
+    def _finish(self, run: Run) -> None:
         """Refill a lane whose thread is done with a batch, then answer that batch."""
-        run.lane.state.busy, run.lane.run = False, None
+        state = run.worker.state
+        self._release(run)
+        if run.error is not None:
+            self._failed(run)
         try:
-            self._dispatch()
+            if state.pinned:
+                self._dispatch()
+            else:
+                self._room.dispatch_all()
         finally:
             self._answer(run)
 
-    def _answer(self, run: _Run) -> None:
-        spec, rows, requests = run.lane.spec, run.batch.rows, run.batch.requests
+    def _settle_run(self, run: Run) -> None:
+        """Do the same for a batch that ran on the loop, whose dispatch goes on by itself."""
+        self._release(run)
         if run.error is not None:
-            logger.error(
-                "variant %s on %s failed on a batch of %d rows", spec.variant, spec.device, rows, exc_info=run.error
-            )
-            text = f"variant '{spec.variant}' failed on {spec.device}; the server's log has the details"
-            _fail(requests, lambda _: InferenceFailed(text))
+            self._failed(run)
+        self._answer(run)
+
+    def _release(self, run: Run) -> None:
+        worker, state = run.worker, run.worker.state
+        state.busy, worker.run = False, None
+        if not state.pinned:
+            self._room.give(state.device, state.threads, run.compute_s)
+        self._batches += 1
+        if self._batches % _LIMIT_STEP == 0:
+            self._set_limit()
+
+    def _answer(self, run: Run) -> None:
+        if run.error is not None:
             return
+        spec, rows, requests = run.worker.spec, run.batch.rows, run.batch.requests
+        run.worker.breaker.passed()
+        ratio = run.worker.state.times.observe(rows, run.compute_s)
         for pending, outputs in zip(requests, run.outputs, strict=True):
             if not pending.future.done():
                 queue_s = run.started_s - pending.arrival_s
@@ -282,7 +261,53 @@ class Scheduler:
         # After all answers: nobody's answer may hang on a metric.
         for pending in requests:
             self._metrics.dispatched(run.started_s - pending.arrival_s)
-        self._metrics.batch_finished(spec.variant, spec.device, rows, run.compute_s)
+        self._metrics.batch_finished(spec.variant, spec.device, rows, run.compute_s, ratio)
+
+    # Failure.
+
+    def _failed(self, run: Run) -> None:
+        """Run once more what may work elsewhere, or alone; fail the rest."""
+        lane_is_down = self._recovery.failed(run)
+        waiting = [pending for pending in run.batch.requests if not pending.future.done()]
+        # Nobody else is in a batch of one: on a lane that is well it would fail again.
+        may_work = not self._draining and (lane_is_down or len(run.batch.requests) > 1)
+        again = [p for p in waiting if may_work and not p.retried and p.request.variant in self._routes]
+        for pending in again:
+            pending.retried, pending.alone = True, not lane_is_down
+            self._queues[pending.request.variant].append(pending)
+            self._rows += pending.rows
+        self._metrics.retried(len(again))
+        spec = run.worker.spec
+        reason = f"variant '{spec.variant}' failed on {spec.device}; the server's log has the details"
+        fail([p for p in waiting if p not in again], lambda _: InferenceFailed(reason))
+
+    def _lanes_changed(self) -> None:
+        """Route anew after a lane has gone down or come up; what no lane can run any more fails."""
+        self._reroute()
+        for pin, queue in self._queues.items():
+            if queue.rows and pin not in self._routes:
+                fail(list(queue), lambda _: self._recovery.error())
+                self._rows -= queue.rows
+                queue.replace(())
+        self._dispatch_soon()
+
+    def _reroute(self) -> None:
+        states = [worker.state for worker in self._workers]
+        self._routes = routing.routes_of(states, faithful_first=self._limits.brownout and not self._brown)
+        self._set_limit()
+
+    def _set_limit(self) -> None:
+        route = self._routes.get("")
+        most = self._limits.max_queue_rows
+        self._most_rows = most if route is None else routing.rows_that_may_wait(route, self._limits, self._room.share)
+
+    # Brown-out.
+
+    def _brown_out(self, brown: bool) -> None:
+        logger.warning("brown-out %s", "begins: overload is served by the fastest variant" if brown else "ends")
+        self._brown = brown
+        self._metrics.brownout(brown)
+        self._reroute()
 
     # Expiry.
 
@@ -295,8 +320,8 @@ class Scheduler:
         self._swept_s = now
         self._expiry.cancel()
         for queue in self._queues.values():
-            expired, deadline_s = batching.sweep(queue, now)
-            _fail(expired, partial(_expired, now))
+            late, deadline_s = sweep(queue, now)
+            fail(late, partial(expired, now))
             if deadline_s is not None:
                 self._expiry.set(max(deadline_s, now + _EXPIRY_STEP_S), now)
         self._rows = sum(queue.rows for queue in self._queues.values())
@@ -319,10 +344,10 @@ class Scheduler:
             await asyncio.wait((self._drained,), timeout=timeout_s)
         if self._is_empty():
             return True
-        running = [lane.run for lane in self._lanes if lane.run is not None]
+        running = [worker.run for worker in self._workers if worker.run is not None]
         logger.warning("drain timed out after %g s: %d rows wait, %d batches run", timeout_s, self._rows, len(running))
         for run in running:
-            _fail(run.batch.requests, _drained)
+            fail(run.batch.requests, drained)
         self._fail_waiting()
         return False
 
@@ -335,65 +360,35 @@ class Scheduler:
         self._draining = True
         self._delay.cancel()
         self._expiry.cancel()
+        self._recovery.stop()
         if not self._loop.is_closed():
             self._fail_waiting()
-        for lane in self._lanes:
-            lane.mailbox.put(None)
-        for lane, thread in zip(self._lanes, self._threads, strict=True):
-            thread.join()
-            self._metrics.lane_up(lane.spec.variant, lane.spec.device, False)
+        for worker in self._workers:
+            worker.stop()
+        for worker in self._workers:
+            worker.join()
+            self._metrics.lane_up(worker.spec.variant, worker.spec.device, False)
+        self._cores.leave(self._room)
 
     def _is_empty(self) -> bool:
-        return not self._rows and not any(lane.state.busy for lane in self._lanes)
+        return not self._rows and not any(worker.state.busy for worker in self._workers)
 
     def _settle(self) -> None:
         self._metrics.queue_rows(self._rows)
+        if self._brown:
+            self._calm_down()
         if self._drained is not None and not self._drained.done() and self._is_empty():
             self._drained.set_result(None)
 
+    def _calm_down(self) -> None:
+        now = self._clock()
+        if self._rows:
+            self._calm_since_s = now
+        elif now > self._calm_since_s + _CALM_S:
+            self._brown_out(False)
+
     def _fail_waiting(self) -> None:
         for queue in self._queues.values():
-            _fail(list(queue), _drained)
+            fail(list(queue), drained)
             queue.replace(())
         self._rows = 0
-
-
-class _Timer:
-    """One timer of the loop that calls back at the earliest of the times it was set to, in the scheduler's clock."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop, callback: Callable[[], None]) -> None:
-        self._loop, self._callback = loop, callback
-        self._handle: asyncio.TimerHandle | None = None
-        self._at_s = 0.0
-
-    def set(self, at_s: float, now: float) -> None:
-        """Call back at ``at_s``, unless it calls back earlier already."""
-        if self._handle is None or at_s < self._at_s:
-            self.cancel()
-            self._at_s = at_s
-            self._handle = self._loop.call_later(at_s - now, self._fire)
-
-    def cancel(self) -> None:
-        if self._handle is not None:
-            self._handle.cancel()
-            self._handle = None
-
-    def _fire(self) -> None:
-        self._handle = None
-        self._callback()
-
-
-def _fail(requests: Iterable[Pending[_Future]], reason: Callable[[Pending[_Future]], SlipstreamError]) -> None:
-    """Fail what is not settled yet, each request with an exception of its own: a raised one collects tracebacks."""
-    for pending in requests:
-        if not pending.future.done():
-            pending.future.set_exception(reason(pending))
-
-
-def _expired(now: float, pending: Pending[_Future]) -> SlipstreamError:
-    waited_ms = (now - pending.arrival_s) * 1e3
-    return DeadlineExpired(f"the deadline passed after {waited_ms:.1f} ms in the queue; retry later or allow more time")
-
-
-def _drained(_: Pending[_Future]) -> SlipstreamError:
-    return Draining("the model stopped before the request was run; send it to another replica")

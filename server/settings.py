@@ -23,6 +23,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         cpu_instances: Lanes of the preferred CPU variant; 0 means one per usable core.
         max_queue_rows: Rows that may wait per model before requests are refused with 429.
         max_queue_delay_s: Seconds that an idle lane may wait for a fuller batch; 0 dispatches at once.
+        max_queue_s: Seconds of predicted work that may wait per model before requests are refused with 429; 0 sets no
+            such limit.
+        brownout: Serve the variant that agrees best with the original, and the fastest one only under overload.
         default_timeout_s: Deadline of requests that name none; 0 means no deadline.
         max_body_bytes: Largest request body, also after decompression.
         shutdown_grace_s: Seconds between the moment ``ready`` turns 503 and the moment the listening socket closes.
@@ -39,6 +42,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     cpu_instances: int = 0
     max_queue_rows: int = 1024
     max_queue_delay_s: float = 0.0
+    max_queue_s: float = 30.0
+    brownout: bool = False
     default_timeout_s: float = 0.0
     max_body_bytes: int = 64 * 1024 * 1024
     shutdown_grace_s: float = 0.5
@@ -54,7 +59,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         _require(self.cpu_instances >= 0, "cpu_instances", self.cpu_instances, "0 or more")
         _require(self.max_queue_rows > 0, "max_queue_rows", self.max_queue_rows, "1 or more")
         _require(self.max_body_bytes > 0, "max_body_bytes", self.max_body_bytes, "1 or more")
-        for name in ("max_queue_delay_s", "default_timeout_s", "shutdown_grace_s", "drain_timeout_s"):
+        for name in ("max_queue_delay_s", "max_queue_s", "default_timeout_s", "shutdown_grace_s", "drain_timeout_s"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more seconds")
 
 

@@ -8,24 +8,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.batching import Pending, RequestQueue, assemble, pending_of, plan, ready_at, split, sweep
+from server.batching import assemble, plan, ready_at, split
 from server.errors import InferenceFailed, SignatureMismatch
+from server.ragged import Ragged
 from server.tensors import InferRequest
+from server.waiting import Pending, RequestQueue, shape_of, sweep
+from tests.server.waiting import Answer, pending_of
 
-
-class Answer:
-    """A future as the policy sees it."""
-
-    def __init__(self, done: bool = False) -> None:
-        self.is_done = done
-
-    def done(self) -> bool:
-        return self.is_done
+PLAIN = Ragged()
 
 
 def pending(rows: int = 1, width: int = 2, arrival_s: float = 0.0, timeout_s: float | None = None) -> Pending[Answer]:
     request = InferRequest({"x": np.zeros((rows, width), np.float32)}, timeout_s=timeout_s)
-    return pending_of(request, True, arrival_s, 0.0, Answer())
+    return pending_of(request, arrival_s)
 
 
 def queue_of(requests: Sequence[Pending[Answer]]) -> RequestQueue[Answer]:
@@ -55,17 +50,17 @@ _REQUESTS = st.lists(
 def test_plan_gives_every_live_request_to_exactly_one_batch_within_the_limits(drawn, max_rows):
     requests = [pending(rows, width, float(i), timeout) for i, (rows, width, _, timeout) in enumerate(drawn)]
     for request, (_, _, cancelled, _) in zip(requests, drawn, strict=True):
-        request.future.is_done = cancelled
+        request.future.settled = cancelled
     queue, now = queue_of(requests), 60.0
     batches, expired = [], []
     while queue.rows:
         waiting = {request.key: request for request in reversed(list(queue)) if not request.future.done()}
-        oldest = min((r for r in waiting.values()), key=lambda r: r.arrival_s, default=None)
+        oldest = min((r for r in waiting.values()), key=lambda r: r.rank_s, default=None)
         taken = plan(queue, now, max_rows)
         batches.append(taken.requests)
         expired += taken.expired
         if oldest is not None and oldest not in taken.expired:
-            assert taken.requests[0] is oldest, "the oldest request decides which key goes next"
+            assert taken.requests[0] is oldest, "the first request decides which key goes next"
         assert taken.rows == sum(r.rows for r in taken.requests)
         assert len({r.key for r in taken.requests}) <= 1
         assert taken.rows <= max_rows or len(taken.requests) == 1
@@ -76,7 +71,8 @@ def test_plan_gives_every_live_request_to_exactly_one_batch_within_the_limits(dr
     assert sorted(map(id, expired)) == sorted(map(id, late))
     for width in (1, 2, 3):
         key = pending(1, width).key
-        assert [r for r in run if r.key == key] == [r for r in alive if r.key == key], "order within a key is kept"
+        ranked = sorted((r for r in alive if r.key == key), key=lambda r: r.rank_s)
+        assert [r for r in run if r.key == key] == ranked, "order within a key is kept"
     assert queue.rows == 0
     assert list(queue) == []
 
@@ -93,7 +89,7 @@ def test_plan_fills_a_batch_until_the_next_request_does_not_fit(drawn, max_rows)
 def test_sweep_takes_out_what_is_cancelled_or_expired_and_keeps_the_rest_in_order(drawn):
     requests = [pending(rows, width, float(i), timeout) for i, (rows, width, _, timeout) in enumerate(drawn)]
     for request, (_, _, cancelled, _) in zip(requests, drawn, strict=True):
-        request.future.is_done = cancelled
+        request.future.settled = cancelled
     queue, now = queue_of(requests), 60.0
     expired, earliest_s = sweep(queue, now)
     live = [r for r in requests if not r.future.done()]
@@ -101,7 +97,7 @@ def test_sweep_takes_out_what_is_cancelled_or_expired_and_keeps_the_rest_in_orde
     assert sorted(map(id, expired)) == sorted(id(r) for r in live if r not in keep)
     assert queue.rows == sum(r.rows for r in keep)
     assert earliest_s == min((r.deadline_s for r in keep if r.deadline_s is not None), default=None)
-    heads = [batch[0].arrival_s for batch in batches_of(queue, now, 10_000)]
+    heads = [batch[0].rank_s for batch in batches_of(queue, now, 10_000)]
     assert heads == sorted(heads)
 
 
@@ -112,11 +108,11 @@ def test_every_request_gets_back_exactly_its_rows(sizes, extra_axes):
     inputs = [
         {"a": rng.standard_normal((n, *shape)).astype(np.float32), "b": rng.integers(0, 9, (n, 3))} for n in sizes
     ]
-    requests = [pending_of(InferRequest(arrays), True, 0.0, 0.0, Answer()) for arrays in inputs]
-    joined = assemble(requests)
+    requests = [pending_of(InferRequest(arrays)) for arrays in inputs]
+    joined = assemble(requests, PLAIN)
     assert joined["a"].dtype == np.float32
     assert joined["b"].dtype == np.int64
-    parts = split({"twice": joined["a"] * 2, "same": joined["b"]}, sizes)
+    parts = split({"twice": joined["a"] * 2, "same": joined["b"]}, requests, PLAIN)
     assert len(parts) == len(sizes)
     for arrays, part in zip(inputs, parts, strict=True):
         np.testing.assert_array_equal(part["twice"], arrays["a"] * 2)
@@ -125,29 +121,29 @@ def test_every_request_gets_back_exactly_its_rows(sizes, extra_axes):
 
 def test_a_batch_of_one_is_not_copied():
     request = pending(3)
-    assert assemble([request]) is request.request.inputs
+    assert assemble([request], PLAIN) is request.request.inputs
     outputs = {"y": np.zeros((3, 2))}
-    assert split(outputs, [3])[0]["y"] is outputs["y"]
+    assert split(outputs, [request], PLAIN)[0]["y"] is outputs["y"]
 
 
 def test_parts_of_a_batch_are_views():
     outputs = {"y": np.zeros((3, 2))}
-    assert all(np.shares_memory(part["y"], outputs["y"]) for part in split(outputs, [1, 2]))
+    assert all(np.shares_memory(part["y"], outputs["y"]) for part in split(outputs, [pending(1), pending(2)], PLAIN))
 
 
 def test_text_tensors_are_joined_and_parted():
     texts = [np.array([b"a", b"bc"], object), np.array([b""], object)]
-    requests = [pending_of(InferRequest({"text": text}), True, 0.0, 0.0, Answer()) for text in texts]
-    joined = assemble(requests)
+    requests = [pending_of(InferRequest({"text": text})) for text in texts]
+    joined = assemble(requests, PLAIN)
     assert joined["text"].dtype == object
-    assert [part["text"].tolist() for part in split(joined, [2, 1])] == [[b"a", b"bc"], [b""]]
+    assert [part["text"].tolist() for part in split(joined, requests, PLAIN)] == [[b"a", b"bc"], [b""]]
 
 
 @pytest.mark.parametrize("shape", [(), (4, 2), (2, 3)])
 @pytest.mark.parametrize("rows", [[1, 2], [3]])
 def test_outputs_of_another_batch_size_are_refused(shape, rows):
     with pytest.raises(InferenceFailed, match="for a batch of 3 rows"):
-        split({"good": np.zeros((3, 2)), "bad": np.zeros(shape)}, rows)
+        split({"good": np.zeros((3, 2)), "bad": np.zeros(shape)}, [pending(r) for r in rows], PLAIN)
 
 
 def test_a_request_larger_than_the_limit_runs_alone_and_whole():
@@ -158,7 +154,7 @@ def test_a_request_larger_than_the_limit_runs_alone_and_whole():
 def test_names_in_any_order_share_a_batch_and_other_dtypes_do_not():
     a, b = np.zeros((1, 4), np.float32), np.zeros((1, 4), np.float32)
     keys = [
-        pending_of(InferRequest(inputs), True, 0.0, 0.0, Answer()).key
+        pending_of(InferRequest(inputs)).key
         for inputs in ({"a": a, "b": b}, {"b": b, "a": a}, {"a": a.astype(np.float16), "b": b})
     ]
     assert keys[0] == keys[1] != keys[2]
@@ -167,32 +163,22 @@ def test_names_in_any_order_share_a_batch_and_other_dtypes_do_not():
 def test_inputs_that_disagree_on_the_batch_size_are_refused():
     inputs = {"a": np.zeros((2, 4)), "b": np.zeros((3, 4))}
     with pytest.raises(SignatureMismatch, match=r"inputs disagree on batch size: 'a' has shape \[2, 4\], 'b'"):
-        pending_of(InferRequest(inputs), True, 0.0, 0.0, Answer())
+        pending_of(InferRequest(inputs))
 
 
 @pytest.mark.parametrize("inputs", [{"a": np.zeros(())}, {"a": np.zeros((1, 2)), "b": np.zeros(())}])
 def test_a_scalar_has_no_batch_axis(inputs):
     with pytest.raises(SignatureMismatch, match="disagree on batch size"):
-        pending_of(InferRequest(inputs), True, 0.0, 0.0, Answer())
+        pending_of(InferRequest(inputs))
 
 
 def test_a_request_without_rows_is_refused():
     with pytest.raises(SignatureMismatch, match="no rows"):
-        pending_of(InferRequest({"a": np.zeros((0, 4))}), True, 0.0, 0.0, Answer())
+        pending_of(InferRequest({"a": np.zeros((0, 4))}))
 
 
 def test_a_model_that_is_not_batched_takes_any_leading_dimension_as_one_row():
-    request = pending_of(InferRequest({"a": np.zeros((7, 4)), "b": np.zeros(())}), False, 0.0, 0.0, Answer())
-    assert request.rows == 1
-
-
-@pytest.mark.parametrize(
-    ("timeout_s", "default_s", "deadline_s"),
-    [(None, 0.0, None), (None, 2.0, 12.0), (3.0, 2.0, 13.0), (0.0, 2.0, 12.0), (0.0, 0.0, None)],
-)
-def test_deadline_is_arrival_plus_the_requests_timeout_or_the_default(timeout_s, default_s, deadline_s):
-    request = InferRequest({"x": np.zeros((1, 2))}, timeout_s=timeout_s)
-    assert pending_of(request, True, 10.0, default_s, Answer()).deadline_s == deadline_s
+    assert shape_of({"a": np.zeros((7, 4)), "b": np.zeros(())}, False, PLAIN) == (1, None, 0)
 
 
 def test_a_delayed_batch_waits_until_its_oldest_request_is_old_enough():

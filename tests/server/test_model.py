@@ -10,6 +10,7 @@ from server.errors import Draining, InferenceFailed, ModelNotReady, SignatureMis
 from server.metrics import Metrics
 from server.model import Model
 from server.providers import CPU
+from server.scheduler import Cores
 from server.settings import Settings
 from server.tensors import InferRequest, InferResponse
 from tests import models
@@ -28,7 +29,7 @@ def start(metrics: Metrics):
 
     def load_and_start(folder: Path, **settings: object) -> Model:
         model = Model.load(read_artifact(folder), (CPU,), Settings(cpu_instances=1, **settings), metrics)
-        model.start()
+        model.start(Cores(2))
         started.append(model)
         return model
 

@@ -5,12 +5,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from server import routing
 from server.artifact import LatencyTable
-from server.batching import BatchLimits, Pending, RequestQueue, pending_of
+from server.batching import BatchLimits
 from server.errors import DeadlineUnmeetable, QueueFull
-from server.routing import LaneSpec, LaneState, choose, may_take, predict_completion, refusal, routes_of, state_of
+from server.estimate import Estimate
+from server.routing import (
+    LaneSpec,
+    LaneState,
+    Route,
+    predict_completion,
+    refusal,
+    routes_of,
+    state_of,
+)
 from server.tensors import InferRequest
-from tests.server.test_batching import Answer
+from server.waiting import Pending, RequestQueue
+from tests.server.waiting import Answer, Room, pending_of
 
 LIMITS = BatchLimits(batchable=True, max_rows=8, max_queue_rows=64, max_queue_delay_s=0.0, default_timeout_s=0.0)
 
@@ -24,7 +35,19 @@ def lane(
     variant: str = "int8", device: str = "cpu", ms: float | None = 10.0, threads: int = 1, max_rows: int = 8
 ) -> LaneState:
     """A lane whose runs take the same time whatever their size."""
-    return LaneState(variant, device, None if ms is None else table(ms), threads, max_rows)
+    return LaneState(variant, device, Estimate(None if ms is None else table(ms)), threads, max_rows)
+
+
+def lanes_of(route: Route) -> tuple[LaneState, ...]:
+    return (*route.preferred, *route.bulk, *route.slower)
+
+
+def choose(taker: LaneState, routes: dict[str, Route], waiting, now: float, cores: int) -> str | None:
+    return routing.choose(taker, routes, waiting, now, Room(cores, lanes_of(routes[""])))
+
+
+def may_take(taker: LaneState, route: Route, waiting, now: float, cores: int) -> bool:
+    return routing.may_take(taker, route, waiting, now, Room(cores, lanes_of(route)))
 
 
 def queues(**waiting: list[tuple[int, float]]) -> dict[str, RequestQueue[Answer]]:
@@ -39,7 +62,7 @@ def queues(**waiting: list[tuple[int, float]]) -> dict[str, RequestQueue[Answer]
 
 def request_of(rows: int, arrival_s: float, pin: str = "", timeout_s: float | None = None) -> Pending[Answer]:
     request = InferRequest({"x": np.zeros((rows, 1))}, variant=pin, timeout_s=timeout_s)
-    return pending_of(request, True, arrival_s, 0.0, Answer())
+    return pending_of(request, arrival_s)
 
 
 class NoRunner:
@@ -128,7 +151,7 @@ def test_work_without_a_pin_never_keeps_more_threads_busy_than_cores():
     assert not may_take(second, route, waiting, 0.0, 1)
     elsewhere = routes_of([third, second])[""]
     third.start(1, False, 0.0)
-    second.latency = table(1.0)
+    second.times = Estimate(table(1.0))
     assert may_take(second, elsewhere, waiting, 0.0, 1), "another device has cores of its own"
 
 
@@ -206,7 +229,7 @@ def test_prediction_grows_with_the_backlog_and_stays_near_the_lanes_throughput(b
 def test_a_full_queue_refuses_with_the_predicted_drain_time():
     lanes = [lane(), lane("fp32")]
     waiting = queues(any=[(60, 0.0)], fp32=[(4, 0.0)])
-    refused = refusal(request_of(1, 0.0), routes_of(lanes), waiting, LIMITS, 0.0, 1)
+    refused = refusal(request_of(1, 0.0), routes_of(lanes), waiting, 64, 0.0, 1)
     assert isinstance(refused, QueueFull)
     assert refused.retry_after_s == pytest.approx(0.080)
     assert "64 rows wait" in str(refused)
@@ -214,19 +237,20 @@ def test_a_full_queue_refuses_with_the_predicted_drain_time():
 
 def test_a_full_queue_of_unknown_speed_asks_for_at_least_a_second():
     waiting = queues(any=[(64, 0.0)])
-    refused = refusal(request_of(1, 0.0), routes_of([lane(ms=None)]), waiting, LIMITS, 0.0, 1)
+    refused = refusal(request_of(1, 0.0), routes_of([lane(ms=None)]), waiting, 64, 0.0, 1)
     assert isinstance(refused, QueueFull)
     assert refused.retry_after_s >= 1.0
 
 
 def test_a_request_larger_than_the_queue_is_taken_when_nothing_waits():
-    assert refusal(request_of(100, 0.0), routes_of([lane()]), queues(), LIMITS, 0.0, 1) is None
+    assert refusal(request_of(100, 0.0), routes_of([lane()]), queues(), 64, 0.0, 1) is None
 
 
 def test_a_deadline_before_the_predicted_completion_is_refused():
-    routes, waiting = routes_of([lane()]), queues(any=[(8, 0.0)])
-    assert refusal(request_of(1, 0.0, timeout_s=0.021), routes, waiting, LIMITS, 0.0, 1) is None
-    refused = refusal(request_of(1, 0.0, timeout_s=0.019), routes, waiting, LIMITS, 0.0, 1)
+    routes, waiting = routes_of([lane()]), queues()
+    waiting[""].append(request_of(8, -0.1, timeout_s=0.1))
+    assert refusal(request_of(1, 0.0, timeout_s=0.021), routes, waiting, 64, 0.0, 1) is None
+    refused = refusal(request_of(1, 0.0, timeout_s=0.019), routes, waiting, 64, 0.0, 1)
     assert isinstance(refused, DeadlineUnmeetable)
     assert refused.retry_after_s == pytest.approx(0.020)
     assert "predicted in 20.0 ms, the timeout is 19.0 ms" in str(refused)
@@ -234,14 +258,15 @@ def test_a_deadline_before_the_predicted_completion_is_refused():
 
 def test_a_deadline_of_an_unmeasured_model_is_admitted():
     waiting = queues(any=[(8, 0.0)])
-    assert refusal(request_of(1, 0.0, timeout_s=1e-6), routes_of([lane(ms=None)]), waiting, LIMITS, 0.0, 1) is None
+    assert refusal(request_of(1, 0.0, timeout_s=1e-6), routes_of([lane(ms=None)]), waiting, 64, 0.0, 1) is None
 
 
 def test_work_pinned_to_another_variant_is_no_backlog():
     lanes = [lane("int8"), lane("fp32")]
-    waiting = queues(fp32=[(32, 0.0)])
-    assert refusal(request_of(1, 0.0, timeout_s=0.011), routes_of(lanes), waiting, LIMITS, 0.0, 1) is None
-    assert refusal(request_of(1, 0.0, "fp32", 0.011), routes_of(lanes), waiting, LIMITS, 0.0, 1) is not None
+    waiting = queues()
+    waiting["fp32"].append(request_of(32, -1.0, "fp32"))
+    assert refusal(request_of(1, 0.0, timeout_s=0.011), routes_of(lanes), waiting, 64, 0.0, 1) is None
+    assert refusal(request_of(1, 0.0, "fp32", 0.011), routes_of(lanes), waiting, 64, 0.0, 1) is not None
 
 
 def bulk_lanes(threads: int = 1) -> tuple[LaneState, LaneState]:

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from queue import SimpleQueue
 
+import msgspec
 import numpy as np
 import onnxruntime
 import pytest
@@ -28,7 +29,7 @@ from server.errors import (
     UnknownVariant,
 )
 from server.metrics import Metrics, ModelMetrics
-from server.scheduler import BatchLimits, Completion, LaneSpec, Runner, Scheduler
+from server.scheduler import BatchLimits, Completion, Cores, LaneSpec, Runner, Scheduler
 from server.tensors import Array, InferRequest, Tensors
 from tests import models
 
@@ -119,7 +120,7 @@ async def opened() -> AsyncIterator[Open]:
 
     def opener(*lanes: LaneSpec, cores: int = 2, clock: Clock | None = None, metrics=None, **limits) -> Scheduler:
         metrics = metrics or ModelMetrics(Metrics(), "m", "1")
-        scheduler = Scheduler(lanes, limits_of(**limits), metrics, cores, clock or Clock())
+        scheduler = Scheduler(lanes, limits_of(**limits), metrics, Cores(cores), clock or Clock())
         schedulers.append((scheduler, list(lanes)))
         return scheduler
 
@@ -235,16 +236,17 @@ async def test_unequal_shapes_are_never_mixed_and_the_oldest_goes_first(gate, op
         assert isinstance(await failure(future), InferenceFailed)
     for i, future in enumerate(narrow):
         check(await answer(future), float(i))
-    assert gate.batches == [1, 2, 2]
+    # Each of the two that failed together is tried alone; a probe follows each failure.
+    assert gate.batches == [1, 2, 1, 2, 1, 1, 1, 1]
 
 
-async def test_a_request_above_the_best_size_runs_alone_and_whole(gate, opened):
+async def test_a_request_above_the_best_size_is_parted_and_joined(gate, opened):
     scheduler = opened(lane(gate))
     gate.open()
     futures = [scheduler.submit(request_of(float(rows), rows)) for rows in (1, 20, 2)]
     for future, rows in zip(futures, (1, 20, 2), strict=True):
         check(await answer(future), float(rows), rows)
-    assert gate.batches == [1, 20, 2]
+    assert gate.batches == [1, 8, 8, 6]
 
 
 async def test_a_model_that_is_not_batched_runs_one_request_at_a_time(gate, opened):
@@ -289,11 +291,15 @@ async def test_a_tiny_model_runs_on_the_loop_one_batch_per_iteration(gate, opene
 async def test_a_large_request_of_a_tiny_model_leaves_the_loop_free(gate, opened):
     times = (0.05, 0.4)
     scheduler = opened(LaneSpec("fp32", "cpu", gate, LatencyTable((1, 8), times, times, times, times), 1))
-    future = scheduler.submit(request_of(3.0, rows=50))
-    assert await gate.arrival() == 50
-    assert threading.get_ident() not in gate.threads
     gate.open()
+    future = scheduler.submit(request_of(3.0, rows=50))
+    seen = []
+    while not future.done():
+        await asyncio.sleep(0)
+        seen.append(len(gate.batches))
     check(await answer(future), 3.0, rows=50)
+    assert gate.batches == [8] * 6 + [2]
+    assert set(seen) >= {1, 2, 3}, "others get a turn between the parts"
 
 
 async def test_queue_and_compute_seconds_are_told_apart(session, opened):
@@ -553,19 +559,18 @@ async def test_pinned_work_starts_although_all_cores_are_busy(session, opened):
 # Failure.
 
 
-async def test_a_failing_run_fails_exactly_its_batch_and_is_logged_once(gate, opened, caplog):
+async def test_a_failing_run_fails_exactly_its_batch_and_is_logged(gate, opened, caplog):
     scheduler = opened(lane(gate))
     gate.open()
     bad = [scheduler.submit(request_of(width=5)) for _ in range(2)]
     good = scheduler.submit(request_of(3.0))
-    with caplog.at_level(logging.ERROR, "server.scheduler"):
+    with caplog.at_level(logging.ERROR, "server.recovery"):
         errors = [await failure(future) for future in bad]
         check(await answer(good), 3.0)
     assert all(isinstance(error, InferenceFailed) for error in errors)
     assert errors[0] is not errors[1]
     assert str(errors[0]) == "variant 'fp32' failed on cpu; the server's log has the details"
-    (record,) = caplog.records
-    assert record.exc_info is not None
+    assert [record.exc_info is not None for record in caplog.records] == [True] * 3, "once together, once each alone"
     check(await answer(scheduler.submit(request_of(4.0))), 4.0)
 
 
@@ -695,7 +700,7 @@ def test_every_request_is_settled_exactly_once_whatever_happens(clients, batchab
     async def scenario() -> None:
         lanes = [lane(FakeSession(), "int8", ms=ms), lane(FakeSession(), "fp32", ms=ms)]
         limits = limits_of(batchable=batchable, max_queue_delay_s=delay_s, max_queue_rows=40)
-        scheduler = Scheduler(lanes, limits, ModelMetrics(Metrics(), "m", "1"), 1)
+        scheduler = Scheduler(lanes, limits, ModelMetrics(Metrics(), "m", "1"), Cores(1))
         waiting: list[tuple[asyncio.Future[Completion], int, int, int]] = []
         for number, (rows, pin, timeout_s, action, width) in enumerate(clients):
             try:
@@ -719,3 +724,121 @@ def test_every_request_is_settled_exactly_once_whatever_happens(clients, batchab
         asyncio.run(scenario())
     finally:
         logging.getLogger("server.scheduler").setLevel(logging.NOTSET)
+
+
+# Large requests, priorities, clients, several models, brown-outs.
+
+
+async def test_the_parts_of_a_large_request_run_on_all_lanes(session, opened):
+    gates = [Gate(session), Gate(session)]
+    scheduler = opened(*map(lane, gates))
+    future = scheduler.submit(request_of(2.0, rows=16))
+    assert [await gate.arrival() for gate in gates] == [8, 8]
+    for gate in gates:
+        gate.open()
+    check(await answer(future), 2.0, 16)
+
+
+async def test_a_large_request_that_is_cancelled_leaves_the_queue(gate, opened):
+    scheduler = opened(lane(gate))
+    blocker = scheduler.submit(request_of())
+    await gate.arrival()
+    large = scheduler.submit(request_of(rows=24))
+    large.cancel()
+    await asyncio.sleep(0)
+    gate.open()
+    await answer(blocker)
+    check(await answer(scheduler.submit(request_of(3.0))), 3.0)
+    assert gate.batches == [1, 1]
+
+
+async def test_a_large_request_fails_as_a_whole(gate, opened):
+    scheduler = opened(lane(gate))
+    gate.open()
+    assert isinstance(await failure(scheduler.submit(request_of(rows=24, width=5))), InferenceFailed)
+
+
+async def test_the_higher_priority_goes_first(gate, opened):
+    scheduler = opened(lane(gate), max_rows=1)
+    blocker = scheduler.submit(request_of())
+    await gate.arrival()
+    order, futures = [], [blocker]
+    for name, priority in (("last", 9), ("default", 0), ("first", 1)):
+        futures.append(scheduler.submit(request_of(priority=priority)))
+        futures[-1].add_done_callback(lambda _, name=name: order.append(name))
+    gate.open()
+    await asyncio.gather(*map(answer, futures))
+    assert order == ["first", "default", "last"]
+
+
+async def test_a_client_that_floods_does_not_delay_another(gate, opened):
+    scheduler = opened(lane(gate, ms=10.0), max_rows=1)
+    blocker = scheduler.submit(request_of())
+    await gate.arrival()
+    order, futures = [], [blocker]
+    for client in ("greedy",) * 10 + ("modest",):
+        futures.append(scheduler.submit(request_of(client=client)))
+        futures[-1].add_done_callback(lambda _, client=client: order.append(client))
+    gate.open()
+    await asyncio.gather(*map(answer, futures))
+    assert order.index("modest") <= 1
+
+
+async def test_two_models_share_the_cores(session):
+    cores, gates = Cores(1), [Gate(session), Gate(session)]
+    schedulers = [
+        Scheduler([lane(gate)], limits_of(), ModelMetrics(Metrics(), name, "1"), cores)
+        for name, gate in zip("ab", gates, strict=True)
+    ]
+    first, second = (scheduler.submit(request_of(float(i))) for i, scheduler in enumerate(schedulers))
+    await gates[0].arrival()
+    await asyncio.sleep(0.01)
+    assert gates[1].batches == [], "one core, one batch"
+    gates[0].open()
+    assert await gates[1].arrival() == 1
+    gates[1].open()
+    check(await answer(first), 0.0)
+    check(await answer(second), 1.0)
+    for scheduler in schedulers:
+        scheduler.close()
+
+
+async def test_the_queue_is_bounded_by_predicted_work(gate, opened):
+    scheduler = opened(lane(gate, ms=100.0), max_queue_s=1.0, max_queue_rows=10_000)
+    futures = [scheduler.submit(request_of())]
+    await gate.arrival()
+    futures += [scheduler.submit(request_of(rows=8)) for _ in range(10)]  # one second, in batches of 100 ms
+    with pytest.raises(QueueFull, match=r"80 rows wait .* the queue holds 80") as caught:
+        scheduler.submit(request_of())
+    gate.open()
+    await asyncio.gather(*map(answer, futures))
+    assert caught.value.retry_after_s == pytest.approx(1.1, abs=0.2)
+
+
+async def test_overload_is_served_by_the_fastest_variant_where_that_is_allowed(session, opened, caplog):
+    clock = Clock()
+    fast, exact = Gate(session), Gate(session)
+    metrics = Metrics()
+    specs = [
+        msgspec.structs.replace(lane(fast, "int8", ms=5.0), agreement=0.99),
+        msgspec.structs.replace(lane(exact, "fp32", ms=10.0), agreement=1.0),
+    ]
+    scheduler = opened(
+        *specs, cores=1, clock=clock, brownout=True, max_queue_rows=8, metrics=ModelMetrics(metrics, "m", "1")
+    )
+    futures = [scheduler.submit(request_of())]
+    assert await exact.arrival() == 1, "normally the most faithful one serves"
+    futures += [scheduler.submit(request_of(rows=4)) for _ in range(2)]
+    assert metrics.registry.get_sample_value("slipstream_brownout", {"model": "m", "version": "1"}) == 0
+    with pytest.raises(QueueFull):
+        scheduler.submit(request_of())
+    assert metrics.registry.get_sample_value("slipstream_brownout", {"model": "m", "version": "1"}) == 1
+    exact.open()
+    assert await fast.arrival() == 8
+    fast.open()
+    for future in futures:
+        await answer(future)
+    clock.now += 10.0
+    await answer(scheduler.submit(request_of()))
+    assert (await answer(scheduler.submit(request_of()))).variant == "fp32"
+    assert metrics.registry.get_sample_value("slipstream_brownout", {"model": "m", "version": "1"}) == 0

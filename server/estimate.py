@@ -1,0 +1,105 @@
+"""What the runs of a lane take: its measured table, corrected by what is seen while it serves. Pure.
+
+Clocks change, neighbours come, inputs get longer: a table alone grows wrong. Each batch corrects it: an exponentially
+weighted mean of the ratio of seen to measured time per size of batch (the expectation), and the 99th percentile of the
+last ratios to that expectation (what a deadline may count on). A lane without a table learns one.
+"""
+
+from collections import deque
+
+import numpy as np
+
+from server.artifact import LatencyTable
+
+_WEIGHT = 0.1
+"""Of the newest batch in the mean: about the last twenty count."""
+
+_LEARNED = 3
+"""Batches after which a lane without a table predicts."""
+
+_WINDOW = 128
+_REFRESH = 16
+_MOST_RATIO = 20.0
+"""One batch beside a suspended process says nothing about the next one."""
+
+
+class Estimate:
+    """Predicts the run times of one lane.
+
+    Args:
+        table: Measured on this host; ``None`` learns from what is observed.
+    """
+
+    def __init__(self, table: LatencyTable | None) -> None:
+        self._table = table
+        self._overall = 1.0
+        # By the binary length of the number of rows: 1, 2-3, 4-7, ... ; ``None`` where nothing was seen.
+        self._factors: list[float | None] = []
+        self._ratios: deque[float] = deque(maxlen=_WINDOW)
+        self._spread = 1.0 if table is None else _spread_of(table)
+        self._seen = 0
+        self._learning: dict[int, tuple[float, float]] = {}
+
+    @property
+    def known(self) -> bool:
+        """Whether there is anything to predict from."""
+        return self._table is not None
+
+    def best_rows(self, most: int) -> int:
+        """Return the measured batch size from which on throughput grows no more, at most ``most``."""
+        return most if self._table is None else min(self._table.best_rows(), most)
+
+    def run_s(self, rows: int) -> float:
+        """Expect a run time in seconds; 0 while nothing is known."""
+        if self._table is None:
+            return 0.0
+        return self._table.predict_s(rows) * self._factor(rows)
+
+    def safe_s(self, rows: int) -> float:
+        """Return the seconds that 99 of 100 runs keep; 0 while nothing is known."""
+        return self.run_s(rows) * self._spread
+
+    def observe(self, rows: int, seconds: float) -> float | None:
+        """Learn from a finished run; return the ratio of what it took to what was expected, if anything was."""
+        if self._table is None:
+            self._learn(rows, seconds)
+            return None
+        expected_s = self.run_s(rows)
+        ratio = min(seconds / max(expected_s, 1e-9), _MOST_RATIO)
+        self._ratios.append(ratio)
+        self._correct(rows, ratio)
+        self._seen += 1
+        if self._seen % _REFRESH == 0:
+            self._spread = max(1.0, float(np.percentile(self._ratios, 99)))
+        return ratio
+
+    def _factor(self, rows: int) -> float:
+        size = rows.bit_length()
+        found = self._factors[size] if size < len(self._factors) else None
+        return self._overall if found is None else found
+
+    def _correct(self, rows: int, ratio: float) -> None:
+        size = rows.bit_length()
+        self._factors.extend([None] * (size + 1 - len(self._factors)))
+        old = self._factor(rows)
+        seen = old * ratio
+        self._factors[size] = old + _WEIGHT * (seen - old)
+        self._overall += _WEIGHT * (seen - self._overall)
+
+    def _learn(self, rows: int, seconds: float) -> None:
+        """Keep the mean of each size; with enough batches they become the table."""
+        mean_rows, mean_s = self._learning.get(rows.bit_length(), (float(rows), seconds))
+        self._learning[rows.bit_length()] = (
+            mean_rows + 0.5 * (rows - mean_rows),
+            mean_s + 0.5 * (seconds - mean_s),
+        )
+        self._seen += 1
+        if self._seen >= _LEARNED:
+            sizes = sorted((max(1, round(r)), s * 1e3) for r, s in self._learning.values())
+            columns = tuple(ms for _, ms in sizes)
+            self._table = LatencyTable(tuple(r for r, _ in sizes), columns, columns, columns, columns)
+
+
+def _spread_of(table: LatencyTable) -> float:
+    ratios = [p99 / max(p50, 1e-9) for p50, p99 in zip(table.p50_ms, table.p99_ms, strict=True)]
+    return max(1.0, float(np.median(ratios)))

@@ -44,11 +44,8 @@ class Admission:
         rank_s = self._order.rank_s(now, deadline_s, request.priority, request.client, work_s)
         return Pending(request, rows, key, now, deadline_s, self._future(), length, rank_s)
 
-    def parted(self, pending: Pending[Future], route: Route) -> list[Pending[Future]]:
-        """Part a request that is larger than a batch; its future is then settled by its parts."""
-        most = self._part_rows(route)
-        if pending.rows <= most:
-            return [pending]
+    def parted(self, pending: Pending[Future], most: int) -> list[Pending[Future]]:
+        """Part a request into pieces of at most so many rows; its future is then settled by them."""
         parts = [
             msgspec.structs.replace(
                 pending,
@@ -61,7 +58,8 @@ class Admission:
         join([part.future for part in parts], pending.future)
         return parts
 
-    def _part_rows(self, route: Route) -> int:
+    def part_rows(self, route: Route) -> int:
+        """Return beyond how many rows a request is parted."""
         first, limit = route.preferred[0], self._limits.max_rows if self._limits.batchable else 1
         most = max(lane.max_rows for lane in (*route.preferred, *route.bulk))
         while most < limit and first.times.run_s(most) < _LEAST_PART_S:

@@ -106,7 +106,7 @@ def plan(queue: RequestQueue[AnswerT], now: float, max_rows: int, times: Times =
         forming: _Forming[AnswerT] = _Forming(now, max_rows, times, waiting)
         forming.meet(_nearest(waiting, max_rows))
         _leave(waiting, forming.met)
-        queue.rows -= sum(pending.rows for pending in forming.met)
+        queue.rows -= forming.met_rows
         queue.restore(waiting)
         expired += forming.expired
         if forming.batch:
@@ -121,6 +121,7 @@ class _Forming(Generic[AnswerT]):
         batch: The requests in it.
         rows: Their rows.
         met: Requests that leave the queue: those in the batch, the expired and the cancelled.
+        met_rows: Their rows.
         expired: Requests that cannot be answered in time.
     """
 
@@ -129,15 +130,16 @@ class _Forming(Generic[AnswerT]):
         self._due_s = math.inf  # the earliest deadline in the batch
         self._longest = self._positions = 0
         self.batch: list[Pending[AnswerT]] = []
-        self.rows = 0
+        self.rows = self.met_rows = 0
         self.met: list[Pending[AnswerT]] = []
         self.expired: list[Pending[AnswerT]] = []
 
     def meet(self, candidates: Iterable[Pending[AnswerT]]) -> None:
         """Take candidates in their order until the batch is full."""
         for pending in candidates:
-            if pending.future.done() or self._is_lost(pending):
+            if pending.future.done() or (pending.deadline_s is not None and self._is_lost(pending, pending.deadline_s)):
                 self.met.append(pending)
+                self.met_rows += pending.rows
                 if not pending.future.done():
                     self.expired.append(pending)
                 if not self.batch:
@@ -146,7 +148,7 @@ class _Forming(Generic[AnswerT]):
             if self.batch:
                 if pending.alone or self.rows + pending.rows > self._max_rows:
                     return
-                if self._wastes(pending):
+                if pending.length and self._wastes(pending):
                     continue
                 if self._is_late_with(pending) and not self._sacrifice():
                     return
@@ -157,6 +159,7 @@ class _Forming(Generic[AnswerT]):
     def _take(self, pending: Pending[AnswerT]) -> None:
         self.batch.append(pending)
         self.met.append(pending)
+        self.met_rows += pending.rows
         self.rows += pending.rows
         if pending.deadline_s is not None:
             self._due_s = min(self._due_s, pending.deadline_s)
@@ -164,13 +167,11 @@ class _Forming(Generic[AnswerT]):
             self._longest = max(self._longest, pending.length)
             self._positions += pending.rows * pending.length
 
-    def _is_lost(self, pending: Pending[AnswerT]) -> bool:
-        return pending.deadline_s is not None and self._now + self._times.run_s(pending.rows) >= pending.deadline_s
+    def _is_lost(self, pending: Pending[AnswerT], deadline_s: float) -> bool:
+        return self._now + self._times.run_s(pending.rows) >= deadline_s
 
     def _wastes(self, pending: Pending[AnswerT]) -> bool:
         """Whether padding everyone to one length would add more than it may."""
-        if not pending.length:
-            return False
         padded = max(self._longest, pending.length) * (self.rows + pending.rows)
         return padded > MOST_PADDING * (self._positions + pending.rows * pending.length)
 
@@ -192,6 +193,7 @@ class _Forming(Generic[AnswerT]):
         self.batch, self.rows, self._due_s, self._longest, self._positions = [], 0, math.inf, 0, 0
         for pending in kept:
             self.met.remove(pending)
+            self.met_rows -= pending.rows
             self._take(pending)
         return True
 

@@ -34,6 +34,8 @@ class Ragged:
 
     def length(self, inputs: Tensors) -> int:
         """Return the length of a request along the axis; 0 when the model has none, or its inputs disagree."""
+        if not self._axes:
+            return 0
         sizes = {inputs[name].shape[axis] for name, axis in self._axes.items() if axis < inputs[name].ndim}
         return int(sizes.pop()) if len(sizes) == 1 else 0
 

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 _EXPIRY_STEP_S = 1e-3
 # Cancelled requests are looked for at most this often when admission would refuse.
 _SWEEP_STEP_S = 1e-2
-# After so many batches the limit by predicted work is computed again.
+# After so many batches the limits by predicted work are computed again.
 _LIMIT_STEP = 64
 # A brown-out ends when nothing has waited for this long.
 _CALM_S = 1.0
@@ -137,8 +137,12 @@ class Scheduler:
         pending = self._admission.pending(request, route, now)
         if pending.deadline_s is not None or self._rows + pending.rows > self._most_rows:
             self._admit(pending, now)
-        for part in self._admission.parted(pending, route):
-            queue.append(part)
+        most = self._part_rows[request.variant]
+        if pending.rows <= most:
+            queue.append(pending)
+        else:
+            for part in self._admission.parted(pending, most):
+                queue.append(part)
         self._rows += pending.rows
         self._dispatch_soon()
         if pending.deadline_s is not None:
@@ -245,7 +249,7 @@ class Scheduler:
             self._room.give(state.device, state.threads, run.compute_s)
         self._batches += 1
         if self._batches % _LIMIT_STEP == 0:
-            self._set_limit()
+            self._set_limits()
 
     def _answer(self, run: Run) -> None:
         if run.error is not None:
@@ -294,9 +298,11 @@ class Scheduler:
     def _reroute(self) -> None:
         states = [worker.state for worker in self._workers]
         self._routes = routing.routes_of(states, faithful_first=self._limits.brownout and not self._brown)
-        self._set_limit()
+        self._set_limits()
 
-    def _set_limit(self) -> None:
+    def _set_limits(self) -> None:
+        """Compute what depends on routes and run times."""
+        self._part_rows = {pin: self._admission.part_rows(route) for pin, route in self._routes.items()}
         route = self._routes.get("")
         most = self._limits.max_queue_rows
         self._most_rows = most if route is None else routing.rows_that_may_wait(route, self._limits, self._room.share)

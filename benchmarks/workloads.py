@@ -99,6 +99,12 @@ def binary_request(workload: Workload, row: Row) -> bytes:
     return _post(_infer_path(workload), body, f"Inference-Header-Content-Length: {len(head)}\r\n")
 
 
+def with_header(request: bytes, line: str) -> bytes:
+    """Return a complete request with one more header line."""
+    head, end, body = request.partition(b"\r\n\r\n")
+    return head + b"\r\n" + line.encode("ascii") + end + body
+
+
 def plain_request(row: Row) -> bytes:
     """Return the same row as ``benchmarks.plain_fastapi`` takes it."""
     return _post("/predict", json.dumps({name: array.tolist() for name, array in row.items()}).encode())

@@ -1,0 +1,186 @@
+"""An open-loop load generator: requests leave when they are due, however late the answers are.
+
+``python -m benchmarks.open_loop`` reads an ``OpenLoad`` as JSON from stdin and writes an ``OpenOutcome`` to stdout.
+"""
+
+import asyncio
+import random
+import sys
+import time
+from collections import Counter, deque
+from typing import cast
+
+import msgspec
+import uvloop
+
+from benchmarks.cpu import tree_cpu_s
+from benchmarks.generator import header_of
+
+_END_OF_HEAD = b"\r\n\r\n"
+
+
+class OpenLoad(msgspec.Struct, frozen=True):
+    """What to send, and when.
+
+    Attributes:
+        host: Address of the server.
+        port: Its TCP port.
+        server_pid: The process whose CPU time is read, with its descendants.
+        rate: Requests per second; the gaps between arrivals are exponential (Poisson).
+        seconds: How long requests are sent; those in flight are waited for.
+        connections: Most requests in flight; more wait in the generator, and their wait counts as latency.
+        requests: Complete HTTP/1.1 requests, sent in turn.
+        burst: Requests per arrival.
+        seed: Of the arrivals.
+    """
+
+    host: str
+    port: int
+    server_pid: int
+    rate: float
+    seconds: float
+    connections: int
+    requests: list[bytes]
+    burst: int = 1
+    seed: int = 0
+
+
+class OpenOutcome(msgspec.Struct, frozen=True):
+    """What came back.
+
+    Attributes:
+        sent: Requests that were due.
+        answered: Outcome -> requests: ``ok``, or the code of the error that refused it.
+        ok_ms: Latency of each good answer since it was due.
+        seconds: The span in which requests were due.
+        server_cpu_s: CPU time of the server until the last answer; ``client_cpu_s`` that of the generator.
+        late_ms: The worst delay of the generator itself in sending what was due and had a connection.
+    """
+
+    sent: int
+    answered: dict[str, int]
+    ok_ms: list[float]
+    seconds: float
+    server_cpu_s: float
+    client_cpu_s: float
+    late_ms: float
+
+
+class _Arrivals:
+    """The requests that are due and wait for a connection."""
+
+    def __init__(self, load: OpenLoad) -> None:
+        self.load, self.random = load, random.Random(load.seed)
+        self.due: deque[float] = deque()
+        self.idle: list[_Connection] = []
+        self.sent = self.open = 0
+        self.late_s = 0.0
+        self.answered: Counter[str] = Counter()
+        self.ok_ms: list[float] = []
+        self.finished = asyncio.get_running_loop().create_future()
+        self._over = False
+
+    async def run(self) -> None:
+        """Let requests become due, then wait for the last answer."""
+        start_s = at_s = time.perf_counter()
+        while at_s < start_s + self.load.seconds:
+            at_s += self.random.expovariate(self.load.rate / self.load.burst)
+            pause_s = at_s - time.perf_counter()
+            if pause_s > 0:
+                await asyncio.sleep(pause_s)
+            for _ in range(self.load.burst):
+                self.sent += 1
+                self.open += 1
+                if self.idle:
+                    self.late_s = max(self.late_s, time.perf_counter() - at_s)
+                    self.idle.pop().send(self._next(), at_s)
+                else:
+                    self.due.append(at_s)
+        self._over = True
+        if self.open:
+            await self.finished
+
+    def done(self, connection: "_Connection", outcome: str, latency_s: float) -> None:
+        """Take an answer, and give its connection the next request that is due."""
+        self.answered[outcome] += 1
+        if outcome == "ok":
+            self.ok_ms.append(latency_s * 1e3)
+        self.open -= 1
+        if self.due:
+            connection.send(self._next(), self.due.popleft())
+        else:
+            self.idle.append(connection)
+        if self._over and not self.open and not self.finished.done():
+            self.finished.set_result(None)
+
+    def _next(self) -> bytes:
+        return self.load.requests[(self.sent + len(self.ok_ms)) % len(self.load.requests)]
+
+
+class _Connection(asyncio.Protocol):
+    def __init__(self, arrivals: _Arrivals) -> None:
+        self._arrivals = arrivals
+        self._buffer = bytearray()
+        self._transport: asyncio.WriteTransport | None = None
+        self._due_s = 0.0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.WriteTransport, transport)  # uvloop's do not derive from asyncio's
+        self._arrivals.idle.append(self)
+
+    def send(self, request: bytes, due_s: float) -> None:
+        self._due_s = due_s
+        if self._transport is not None:
+            self._transport.write(request)
+
+    def data_received(self, data: bytes) -> None:
+        self._buffer += data
+        end = self._buffer.find(_END_OF_HEAD)
+        if end < 0:
+            return
+        head = bytes(self._buffer[:end])
+        total = end + len(_END_OF_HEAD) + int(header_of(head, b"content-length") or b"0")
+        if len(self._buffer) < total:
+            return
+        outcome = "ok" if head[9:12] == b"200" else _code_of(bytes(self._buffer[end + 4 : total]), head)
+        del self._buffer[:total]
+        self._arrivals.done(self, outcome, time.perf_counter() - self._due_s)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._arrivals.answered["closed"] += 1
+
+
+def _code_of(body: bytes, head: bytes) -> str:
+    try:
+        return str(msgspec.json.decode(body)["code"])
+    except (msgspec.DecodeError, KeyError, TypeError):
+        return head[9:12].decode("latin-1")
+
+
+async def generate(load: OpenLoad) -> OpenOutcome:
+    """Send the load."""
+    loop = asyncio.get_running_loop()
+    arrivals = _Arrivals(load)
+    for _ in range(load.connections):
+        await loop.create_connection(lambda: _Connection(arrivals), load.host, load.port)
+    server_cpu_s, client_cpu_s = tree_cpu_s(load.server_pid), time.process_time()
+    await arrivals.run()
+    return OpenOutcome(
+        sent=arrivals.sent,
+        answered=dict(arrivals.answered),
+        ok_ms=arrivals.ok_ms,
+        seconds=load.seconds,
+        server_cpu_s=tree_cpu_s(load.server_pid) - server_cpu_s,
+        client_cpu_s=time.process_time() - client_cpu_s,
+        late_ms=arrivals.late_s * 1e3,
+    )
+
+
+def main() -> None:
+    """Run one load."""
+    load = msgspec.json.decode(sys.stdin.buffer.read(), type=OpenLoad)
+    sys.stdout.buffer.write(msgspec.json.encode(uvloop.run(generate(load))))
+
+
+if __name__ == "__main__":
+    main()

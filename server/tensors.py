@@ -133,6 +133,8 @@ class InferRequest(msgspec.Struct, frozen=True):
         outputs: Names of the wanted outputs; empty means all.
         timeout_s: Seconds from arrival until the deadline; ``None`` means the model's default.
         variant: The pinned variant; empty lets the router choose.
+        priority: 1 goes first, 9 last; 0 means the default, 5.
+        client: Whom the work counts for, so that one client cannot crowd out others; empty for nobody.
     """
 
     inputs: Tensors
@@ -140,6 +142,8 @@ class InferRequest(msgspec.Struct, frozen=True):
     outputs: tuple[str, ...] = ()
     timeout_s: float | None = None
     variant: str = ""
+    priority: int = 0
+    client: str = ""
 
 
 class InferResponse(msgspec.Struct, frozen=True):

@@ -10,6 +10,7 @@ Source: Open Inference Protocol v2, REST; Triton's extensions *binary tensor dat
 """
 
 import json
+from math import prod
 from typing import Any, Final, NamedTuple, NoReturn
 
 import msgspec
@@ -18,6 +19,7 @@ import orjson
 from msgspec import UNSET, UnsetType
 
 from server.errors import MalformedRequest
+from server.json_numbers import LONG_BYTES, cut_out, placeholder, read_numbers, write_numbers
 from server.tensor_data import element_count, from_binary, from_json, shown, to_binary, to_json
 from server.tensors import DATATYPE_OF_NUMPY, NUMPY_DTYPE, Array, InferRequest, InferResponse, Tensors, TensorSpec
 
@@ -107,7 +109,9 @@ _MESSAGE: Final = msgspec.json.Decoder(_Message)
 _NO_PARAMETERS: Final = _Parameters()
 
 
-def decode(body: bytes | memoryview, header_length: int | None, raw_input: TensorSpec | None = None) -> Decoded:
+def decode(
+    body: bytes | bytearray | memoryview, header_length: int | None, raw_input: TensorSpec | None = None
+) -> Decoded:
     """Decode an infer request. Safe to call on any thread.
 
     Args:
@@ -129,7 +133,8 @@ def decode(body: bytes | memoryview, header_length: int | None, raw_input: Tenso
             f"Inference-Header-Content-Length is {shown(header_length)}; it counts the bytes of the JSON part: "
             f"at most the {len(view)} of the body, or 0 for a raw request"
         )
-    message = _read_message(view[:header_length])
+    text = view[:header_length]
+    message = (_read_long(text) if header_length >= LONG_BYTES else None) or _read_message(text)
     parameters = message.parameters or _NO_PARAMETERS
     inputs = _read_inputs(message.inputs, view, header_length)
     reply = _read_reply(message.outputs, parameters.binary_data_output)
@@ -163,6 +168,30 @@ def encode(response: InferResponse, reply: ReplyFormat) -> Encoded:
         outputs.append(output)
     parts[0] = _dump(head)
     return Encoded(parts, len(parts[0]) if len(parts) > 1 else None)
+
+
+def _read_long(text: memoryview) -> _Message | None:
+    """Read a message whose long arrays of numbers are cut out first; ``None`` where the exact way must look."""
+    cut = cut_out(bytes(text))
+    if cut is None:
+        return None
+    try:
+        message = _MESSAGE.decode(cut.rest)
+    except (ValueError, RecursionError):
+        return None
+    left = {placeholder(index): array for index, array in enumerate(cut.arrays)}
+    inputs: list[_Input] = []
+    for item in message.inputs:
+        array = None if item.data is UNSET else left.pop(bytes(item.data), None)
+        if array is not None:
+            dtype = NUMPY_DTYPE.get(item.datatype)
+            numbers = None if dtype is None else read_numbers(array, dtype, prod(item.shape))
+            if numbers is None:
+                return None
+            item = _ParsedInput(item.name, item.datatype, item.shape, parameters=item.parameters, data=numbers)
+        inputs.append(item)
+    # What is left belongs to no input: nothing has proven that it is valid JSON.
+    return None if left else _Message(tuple(inputs), message.id, message.outputs, message.parameters)
 
 
 def _read_message(text: memoryview) -> _Message:
@@ -293,7 +322,7 @@ def _dump(head: dict[str, Any]) -> bytes:
     for output in head["outputs"]:
         data = output.get("data")
         if isinstance(data, np.ndarray) and not np.isfinite(data).all():
-            output["data"] = orjson.Fragment(json.dumps(data.tolist()))
+            output["data"] = orjson.Fragment(write_numbers(data))
     return orjson.dumps(head, option=orjson.OPT_SERIALIZE_NUMPY)
 
 

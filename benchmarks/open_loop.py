@@ -146,7 +146,7 @@ class _Connection(asyncio.Protocol):
         del self._buffer[:total]
         self._arrivals.done(self, outcome, time.perf_counter() - self._due_s)
 
-    def connection_lost(self, exc: Exception | None) -> None:
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002  (the protocol's interface)
         self._arrivals.answered["closed"] += 1
 
 

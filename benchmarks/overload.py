@@ -19,6 +19,17 @@ from benchmarks.summary import percentile
 from benchmarks.workloads import Workload, binary_request, with_header
 
 SHARES = (0.5, 0.8, 1.0, 1.5, 2.0, 3.0)
+COLUMNS = (
+    "rate / peak",
+    "requests/s",
+    "goodput/s",
+    "p50 ms",
+    "p99 ms",
+    "in time",
+    "refused, by reason",
+    "server RSS MB",
+    "generator late ms",
+)
 _LEAST_GOODPUT = 0.9
 
 
@@ -50,10 +61,8 @@ def sweep(workload: Workload, server: RunningServer, arguments: argparse.Namespa
     deadline_ms = arguments.deadline_ms or max(50.0, 8 * percentile(calm.ok_ms, 0.5))
     due = [with_header(request, f"slipstream-timeout-ms: {deadline_ms:g}") for request in requests]
     print(f"\n## {workload.name}: peak {peak:.0f} requests/s in a closed loop of 16, deadline {deadline_ms:.0f} ms\n")
-    print(
-        "| rate / peak | requests/s | goodput/s | p50 ms | p99 ms | in time | refused, by reason | server RSS MB | generator late ms |"
-    )
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    print(f"| {' | '.join(COLUMNS)} |")
+    print(f"|{' --- |' * len(COLUMNS)}")
     goodputs = {}
     for share in SHARES:
         outcome = offer_open(server, due, peak * share, arguments.seconds, arguments.connections, arguments.burst)
@@ -63,7 +72,8 @@ def sweep(workload: Workload, server: RunningServer, arguments: argparse.Namespa
         print(
             f"| {share:g} | {outcome.sent / outcome.seconds:.0f} | {goodputs[share]:.0f} "
             f"| {percentile(outcome.ok_ms, 0.5):.1f} | {percentile(outcome.ok_ms, 0.99):.1f} "
-            f"| {len(in_time) / max(1, len(outcome.ok_ms)):.2%} | {refused} | {rss_mb(server.pid):.0f} | {outcome.late_ms:.0f} |",
+            f"| {len(in_time) / max(1, len(outcome.ok_ms)):.2%} | {refused} | {rss_mb(server.pid):.0f} "
+            f"| {outcome.late_ms:.0f} |",
             flush=True,
         )
     kept = goodputs[2.0] / max(goodputs.values())

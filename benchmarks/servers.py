@@ -32,11 +32,11 @@ class RunningServer(msgspec.Struct, frozen=True):
 
 
 @contextlib.contextmanager
-def slipstream(repository: Path) -> Iterator[RunningServer]:
-    """Serve a repository with the installed command while the context is open."""
+def slipstream(repository: Path, *options: str) -> Iterator[RunningServer]:
+    """Serve a repository with the installed command, and further options of it, while the context is open."""
     port = free_port()
     command = [str(Path(sys.executable).parent / "slipstream"), "serve", str(repository), "--gpu", "off"]
-    with _running([*command, "--host", HOST, "--port", str(port)], port, "/v2/health/ready") as server:
+    with _running([*command, "--host", HOST, "--port", str(port), *options], port, "/v2/health/ready") as server:
         yield server
 
 

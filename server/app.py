@@ -2,7 +2,9 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+import functools
+import logging
+from collections.abc import AsyncIterator, Callable
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -13,7 +15,9 @@ from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
-from server.errors import Draining, ModelNotReady, RequestError, SlipstreamError
+from server.cache import ResponseCache
+from server.control import add_control_routes
+from server.errors import Draining, LaneDown, ModelNotReady, RequestError, SlipstreamError, StartupError
 from server.http import (
     RETRY_UNAVAILABLE_S,
     Answer,
@@ -29,8 +33,10 @@ from server.openapi import infer_paths
 from server.repository import Repository
 from server.settings import Settings
 
+logger = logging.getLogger(__name__)
+
 # Only what works: clients act on this list.
-EXTENSIONS = ("binary_tensor_data",)
+EXTENSIONS = ("binary_tensor_data", "model_repository")
 PLATFORM = "onnxruntime_onnx"
 
 
@@ -60,7 +66,12 @@ class Application(FastAPI):
         self.settings, self.repository, self.metrics = settings, repository, metrics
         self.opening: asyncio.Task[None] | None = None
         self.draining = False
-        self._infer = InferBranch(repository, metrics, settings.max_body_bytes)
+        self.cache = (
+            ResponseCache(settings.cache_bytes, settings.default_timeout_s, metrics) if settings.cache_bytes else None
+        )
+        if self.cache is not None:
+            repository.on_left = self.cache.forget
+        self._infer = InferBranch(repository, metrics, settings.max_body_bytes, settings.body_timeout_s, self.cache)
         self._add_routes()
         for kind in (SlipstreamError, HTTPException, RequestValidationError, Exception):
             self.add_exception_handler(kind, _on_error)
@@ -72,10 +83,36 @@ class Application(FastAPI):
         else:
             await super().__call__(scope, receive, send)
 
+    def listens_on(self, url: str, fail: Callable[[BaseException], None]) -> None:
+        """Log where connections are accepted, and then what opening the repository came to.
+
+        Args:
+            url: Where.
+            fail: Called with the reason if there is nothing to serve.
+        """
+        logger.info("listening on %s, loading models from %s", url, self.settings.repository)
+        if self.opening is not None:
+            self.opening.add_done_callback(functools.partial(self._opened, url, fail))
+
     def openapi(self) -> dict[str, Any]:
         """Return the OpenAPI document: FastAPI's routes, and the infer paths with examples for the models now ready."""
         document = super().openapi()
         return {**document, "paths": {**infer_paths(self.repository), **document["paths"]}}
+
+    def _opened(self, url: str, fail: Callable[[BaseException], None], opening: asyncio.Task[None]) -> None:
+        if opening.cancelled():
+            return
+        served = served_models(self.repository)
+        failed = [f"{name}/{version}: {reason}" for (name, version), reason in self.repository.failures.items()]
+        if (error := opening.exception()) is not None:
+            fail(error)
+        elif not served:
+            reasons = "; ".join(failed) or "it holds no <name>/<version>/ with a manifest.json or model.onnx"
+            fail(StartupError(f"no model of {self.settings.repository} can be served: {reasons}"))
+        elif not self.repository.ready:
+            logger.warning("not ready, though serving %s on %s; failed: %s", served, url, "; ".join(failed))
+        else:
+            logger.info("ready: serving %s on %s, API page %s/docs", ", ".join(served), url, url)
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, _: FastAPI) -> AsyncIterator[None]:
@@ -85,6 +122,7 @@ class Application(FastAPI):
         finally:
             self.opening.cancel()
             await asyncio.wait({self.opening})
+            await self.repository.stop()
             if not self.draining:  # else whoever set it has waited for the requests already
                 await self.repository.drain()
             self.repository.close()
@@ -102,6 +140,7 @@ class Application(FastAPI):
             ("/metrics", self._metrics, "Metrics in Prometheus' text format"),
         ):
             self.add_api_route(path, endpoint, summary=summary, response_class=Response)
+        add_control_routes(self, self.repository, self.settings.model_control)
         self.add_api_route("/v2/", self._server_metadata, response_class=Response, include_in_schema=False)
 
     async def _index(self) -> Response:
@@ -116,12 +155,19 @@ class Application(FastAPI):
     async def _ready(self) -> Response:
         if self.draining:
             return _not_ready({"ready": False, "error": "the server is stopping", "code": Draining.code})
-        if self.repository.ready:
-            return _json({"ready": True})
         failures = self.repository.failures
-        error = f"{len(failures)} of the models failed to load" if failures else "models are loading"
         reasons = {f"{name}/{version}": reason for (name, version), reason in failures.items()}
-        return _not_ready({"ready": False, "error": error, "code": ModelNotReady.code, "models": reasons})
+        down = {f"{name}/{version}": lanes for (name, version), lanes in self.repository.lanes_down.items()}
+        failing = {"lanes_down": down} if down else {}
+        if self.repository.ready:
+            return _json({"ready": True, **({"models": reasons} if reasons else {}), **failing})
+        if down:
+            error, code = "the lanes of a model fail", LaneDown.code
+        elif failures:
+            error, code = f"{len(failures)} of the models failed to load", ModelNotReady.code
+        else:
+            error, code = "models are loading", ModelNotReady.code
+        return _not_ready({"ready": False, "error": error, "code": code, "models": reasons, **failing})
 
     async def _model(self, name: str) -> Response:
         return self._metadata_of(name, "")
@@ -150,6 +196,16 @@ class Application(FastAPI):
         except ModelNotReady as exc:
             return _not_ready({"name": name, "ready": False, "error": str(exc), "code": exc.code})
         return _json({"name": name, "ready": True})
+
+
+def served_models(repository: Repository) -> list[str]:
+    """Return the names of the models that take requests now."""
+    names = []
+    for name in repository.names():
+        with contextlib.suppress(SlipstreamError):
+            repository.get(name)
+            names.append(name)
+    return names
 
 
 def server_version() -> str:

@@ -17,12 +17,17 @@ from server.metrics import Metrics
 from server.providers import check_environment
 from server.repository import Repository
 from server.settings import PREFIX, Settings, read_settings
+from server.supervisor import Supervisor, require_linux
 
 logger = logging.getLogger(__name__)
 
 _HELP = {
     "host": "Address to listen on; 0.0.0.0 listens on every interface.",
     "port": "TCP port; 0 picks a free one, which the log names.",
+    "workers": "Front-end processes that read and write HTTP for one engine process with the models; with 1, one process "
+    "does it all. More than 1 needs Linux.",
+    "slab_bytes": "Memory that each front-end process shares with the engine for requests under way, in each direction; "
+    "only what is used is taken from the system.",
     "gpu": "Serve on the GPU where it really works, else on the CPU (prefer); refuse to start without it (require); "
     "never look for it (off).",
     "cpu_instances": "Lanes, each with one thread, for the preferred CPU variant of a model; 0 means one per core.",
@@ -33,15 +38,28 @@ _HELP = {
     "brownout": "Serve the most faithful variant, and the fastest one only under overload.",
     "default_timeout_s": "Deadline of requests that name none, in seconds; 0 means no deadline.",
     "max_body_bytes": "Largest request body, also after decompression; larger ones are refused with 413.",
+    "body_timeout_s": "Seconds that the headers of a request may take to come, and its body again; then it is answered "
+    "with 408 and the connection is closed.",
+    "cache_bytes": "Memory for answers that are kept for requests with the same inputs, in bytes; 0 keeps none.",
     "shutdown_grace_s": "Seconds between SIGTERM, when /v2/health/ready turns 503, and the closing of the socket; in "
     "Kubernetes longer than the endpoints take to follow.",
     "drain_timeout_s": "Seconds that queued and running requests may take after that.",
+    "watch_interval_s": "Seconds between two looks at the repository for new versions, which are then loaded and "
+    "swapped in; 0 looks only once.",
+    "keep_versions": "Versions of each model that serve, the newest ones; requests that name none get the newest.",
+    "model_control": "Who may load, unload and roll back models over HTTP: clients of this machine (local), everyone "
+    "(on), nobody (off).",
+    "shadow_share": "Share of the live requests, 0 to 1, on which a new version is tried and compared before it "
+    "serves; 0 compares none.",
+    "shadow_s": "Seconds that this comparison lasts.",
+    "shadow_max_disagreement": "Mean disagreement, 0 to 1, beyond which the new version is refused; 1 refuses none.",
     "log_format": "Log lines for people (plain) or for machines (json), on stderr.",
     "log_level": "Least level that is logged.",
     "server_name": "Name in GET /v2; some clients insist on triton.",
 }
 _CHOICES = {
     "gpu": ("prefer", "require", "off"),
+    "model_control": ("local", "on", "off"),
     "log_format": ("plain", "json"),
     "log_level": ("DEBUG", "INFO", "WARNING", "ERROR"),
 }
@@ -91,9 +109,13 @@ def run(settings: Settings, *, debug: bool = False) -> int:
         configure(settings.log_format, settings.log_level)
         logger.info("%s, settings: %s", check_environment(), settings)
         with bind(settings.host, settings.port) as listening:
-            metrics = Metrics()
-            app = create_app(settings, Repository(settings, metrics), metrics)
-            Listener(app, listening).serve_forever()
+            if settings.workers > 1:
+                require_linux()
+                Supervisor(settings, listening).serve_forever()
+            else:
+                metrics = Metrics()
+                app = create_app(settings, Repository(settings, metrics), metrics)
+                Listener(app, listening).serve_forever()
     except Exception as exc:
         if debug:
             raise

@@ -7,8 +7,12 @@
     │   ├── MalformedRequest            400 malformed_request      bytes that are no protocol message
     │   ├── SignatureMismatch           400 signature_mismatch     dtype, shape, missing or unknown tensor
     │   ├── UnknownVariant              400 unknown_variant        a pinned variant that the model does not have
+    │   ├── RequestTimeout              408 request_timeout        the client took too long to send its request
     │   ├── BodyTooLarge                413 body_too_large
-    │   ├── UnsupportedEncoding         415 unsupported_encoding   Content-Encoding other than gzip, deflate, identity
+    │   ├── HeadersTooLarge             431 headers_too_large
+    │   ├── UnsupportedEncoding         415 unsupported_encoding   Content-Encoding that is not served
+    │   ├── ControlForbidden            403 control_forbidden      model control is off, or not for this client
+    │   ├── NothingToRollBack           409 nothing_to_roll_back   no version of the model to go back to
     │   └── NotFound                    404 not_found              no such route
     │       └── UnknownModel            404 unknown_model          no such model or version
     ├── Refused                         429 refused                admission said no; carries retry_after_s
@@ -20,6 +24,7 @@
     │   └── Draining                    503 draining
     ├── DeadlineExpired                 504 deadline_expired       expired while waiting in the queue
     ├── InferenceFailed                 500 inference_failed       the session raised; details are in the log only
+    ├── LoadFailed                      500 load_failed            a version cannot be served; what served before stays
     └── StartupError                    500 startup                the process cannot serve as asked; CLI exit code 1
         ├── ArtifactError               500 invalid_artifact       manifest, digest or file is wrong
         ├── UnsupportedModel            500 unsupported_model      a tensor type or structure that cannot be served
@@ -65,6 +70,20 @@ class UnknownVariant(RequestError):
     code = "unknown_variant"
 
 
+class RequestTimeout(RequestError):
+    """The client took too long to send its request; the connection is closed."""
+
+    status = 408
+    code = "request_timeout"
+
+
+class HeadersTooLarge(RequestError):
+    """The request line and the headers exceed their limit; the connection is closed."""
+
+    status = 431
+    code = "headers_too_large"
+
+
 class BodyTooLarge(RequestError):
     """The body exceeds the limit; it was refused before it was read in full."""
 
@@ -77,6 +96,20 @@ class UnsupportedEncoding(RequestError):
 
     status = 415
     code = "unsupported_encoding"
+
+
+class ControlForbidden(RequestError):
+    """This client may not load, unload or roll back models."""
+
+    status = 403
+    code = "control_forbidden"
+
+
+class NothingToRollBack(RequestError):
+    """The model has no version to go back to."""
+
+    status = 409
+    code = "nothing_to_roll_back"
 
 
 class NotFound(RequestError):
@@ -121,10 +154,19 @@ class DeadlineUnmeetable(Refused):
 
 
 class Unavailable(SlipstreamError):
-    """The server or the model cannot take requests now."""
+    """The server or the model cannot take requests now.
+
+    Args:
+        message: Why.
+        retry_after_s: Seconds after which a retry may succeed; at least 0.
+    """
 
     status = 503
     code = "unavailable"
+
+    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class ModelNotReady(Unavailable):
@@ -134,18 +176,9 @@ class ModelNotReady(Unavailable):
 
 
 class LaneDown(Unavailable):
-    """Every lane that could run the request fails.
-
-    Args:
-        message: Which.
-        retry_after_s: Seconds until the next one is tried.
-    """
+    """Every lane that could run the request fails; ``retry_after_s`` is when the next one is tried."""
 
     code = "lane_down"
-
-    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
-        super().__init__(message)
-        self.retry_after_s = retry_after_s
 
 
 class Draining(Unavailable):
@@ -165,6 +198,12 @@ class InferenceFailed(SlipstreamError):
     """The session raised while running a batch."""
 
     code = "inference_failed"
+
+
+class LoadFailed(SlipstreamError):
+    """A version that was asked for cannot be served; what served before still does."""
+
+    code = "load_failed"
 
 
 class StartupError(SlipstreamError):

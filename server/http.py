@@ -1,27 +1,37 @@
 """HTTP bodies in and answers out, and the one form of every error answer.
 
-Source: RFC 9110 (content codings, Retry-After, Allow).
+Source: RFC 9110 (content codings, Retry-After, Allow), RFC 9659 (window of zstd as a content coding).
 """
 
 import asyncio
 import logging
 import math
+import sys
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any, Final
 
 import msgspec
 import orjson
 from starlette.types import Receive, Send
 
+from server.alarms import Alarms
 from server.errors import (
     BodyTooLarge,
     MalformedRequest,
     NotFound,
     Refused,
+    RequestTimeout,
     SlipstreamError,
     Unavailable,
     UnsupportedEncoding,
 )
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +40,15 @@ JSON = b"application/json"
 JOINED_BYTES = 64 * 1024
 RETRY_UNAVAILABLE_S = 1
 METHOD_NOT_ALLOWED = "method_not_allowed"
-_ENCODINGS = {b"gzip": 16 + zlib.MAX_WBITS, b"x-gzip": 16 + zlib.MAX_WBITS, b"deflate": zlib.MAX_WBITS}
+# RFC 9659: a zstd window beyond 8 MiB is refused; it would be allocated whatever the size of the content.
+_ZSTD_OPTIONS: Final = {int(zstd.DecompressionParameter.window_log_max): 23}
+# Decompressors that stop after as many bytes as they are asked for.
+_DECOMPRESSORS: Final[dict[bytes, Callable[[], Any]]] = {
+    b"gzip": lambda: zlib.decompressobj(16 + zlib.MAX_WBITS),
+    b"x-gzip": lambda: zlib.decompressobj(16 + zlib.MAX_WBITS),
+    b"deflate": zlib.decompressobj,
+    b"zstd": lambda: zstd.ZstdDecompressor(options=_ZSTD_OPTIONS),
+}
 _Headers = list[tuple[bytes, bytes]]
 
 
@@ -46,52 +64,99 @@ class ClientLeft(Exception):
     """The client closed its connection before it was answered; nobody reads an answer."""
 
 
-async def read_body(headers: Mapping[bytes, bytes], receive: Receive, limit_bytes: int) -> bytes:
+class ReadTimeout:
+    """Bounds the time that bodies take to come. Belongs to one event loop.
+
+    Args:
+        timeout_s: Seconds from the start of reading to the last byte.
+    """
+
+    def __init__(self, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+        self._alarms = Alarms(timeout_s)
+        self._overdue: set[asyncio.Task[Any]] = set()
+
+    async def read(self, receive: Receive, limit_bytes: int) -> bytes | bytearray:
+        """Read a body as ``read_body`` does.
+
+        Raises:
+            RequestTimeout: If it takes longer than the timeout; the reading is cancelled.
+        """
+        task = asyncio.current_task()
+        if task is None:
+            raise RuntimeError("a body must be read in a task")
+        give_up = partial(self._give_up, task)
+        self._alarms.set(give_up)
+        try:
+            return await _read_all(receive, limit_bytes)
+        except asyncio.CancelledError:
+            if task not in self._overdue:
+                raise
+            task.uncancel()
+            raise RequestTimeout(
+                f"the request body did not come within {self._timeout_s:g} s (set --body-timeout-s)"
+            ) from None
+        finally:
+            self._alarms.clear(give_up)
+            self._overdue.discard(task)
+
+    def _give_up(self, task: asyncio.Task[Any]) -> None:
+        self._overdue.add(task)
+        task.cancel()
+
+
+async def read_body(
+    headers: Mapping[bytes, bytes], receive: Receive, limit_bytes: int, clock: ReadTimeout
+) -> bytes | bytearray:
     """Read a request body, decompressed.
 
     Raises:
         BodyTooLarge: As soon as ``Content-Length``, the bytes that came, or their decompressed size exceed the limit.
-        UnsupportedEncoding: If ``Content-Encoding`` is none of gzip, deflate and identity.
+        RequestTimeout: If it does not come in time.
+        UnsupportedEncoding: If ``Content-Encoding`` is none of gzip, deflate, zstd and identity.
         MalformedRequest: If the compressed bytes are damaged.
         ClientLeft: If the client closed the connection before the end.
     """
     length = headers.get(b"content-length")
     if length is not None and int(length) > limit_bytes:
         raise _too_large(f"is {int(length)} bytes", limit_bytes)
-    encoding = headers.get(b"content-encoding", b"identity").strip().lower()
-    if encoding != b"identity" and encoding not in _ENCODINGS:
-        raise UnsupportedEncoding(f"Content-Encoding is {encoding.decode('latin-1')!r}; use gzip, deflate or none")
-    body = await _read_all(receive, limit_bytes)
-    if encoding == b"identity":
+    encoding = headers.get(b"content-encoding")
+    if encoding is not None:
+        encoding = encoding.strip().lower()
+        if encoding != b"identity" and encoding not in _DECOMPRESSORS:
+            raise UnsupportedEncoding(
+                f"Content-Encoding is {encoding.decode('latin-1')!r}; use gzip, deflate, zstd or none"
+            )
+    body = await clock.read(receive, limit_bytes)
+    if encoding is None or encoding == b"identity":
         return body
-    # In a thread: a few compressed kilobytes may hold many megabytes, and zlib releases the GIL.
+    # In a thread: a few compressed kilobytes may hold many megabytes, and decompression releases the GIL.
     return await asyncio.get_running_loop().run_in_executor(None, _decompress, body, encoding, limit_bytes)
 
 
-async def _read_all(receive: Receive, limit_bytes: int) -> bytes:
-    chunks: list[bytes] = []
-    seen_bytes = 0
+async def _read_all(receive: Receive, limit_bytes: int) -> bytes | bytearray:
+    body = bytearray()
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
             raise ClientLeft
         chunk: bytes = message.get("body", b"")
-        seen_bytes += len(chunk)
-        if seen_bytes > limit_bytes:
-            raise _too_large(f"has {seen_bytes} bytes so far", limit_bytes)
-        if not message.get("more_body", False):
-            if not chunks:
-                return chunk
-            chunks.append(chunk)
-            return b"".join(chunks)
-        chunks.append(chunk)
+        if len(body) + len(chunk) > limit_bytes:
+            raise _too_large(f"has {len(body) + len(chunk)} bytes so far", limit_bytes)
+        more = message.get("more_body", False)
+        if not more and not body:
+            return chunk
+        # Grown in place: chunks that are kept and joined take fresh pages each, at ten times the time.
+        body += chunk
+        if not more:
+            return body
 
 
-def _decompress(body: bytes, encoding: bytes, limit_bytes: int) -> bytes:
-    decompressor = zlib.decompressobj(_ENCODINGS[encoding])
+def _decompress(body: bytes | bytearray, encoding: bytes, limit_bytes: int) -> bytes:
+    decompressor = _DECOMPRESSORS[encoding]()
     try:
-        plain = decompressor.decompress(body, limit_bytes + 1)
-    except zlib.error as exc:
+        plain: bytes = decompressor.decompress(body, limit_bytes + 1)
+    except (zlib.error, zstd.ZstdError) as exc:
         raise MalformedRequest(f"the body is not valid {encoding.decode()} data: {exc}") from exc
     if len(plain) > limit_bytes:
         raise _too_large(f"decompresses to more than {limit_bytes} bytes", limit_bytes)
@@ -138,8 +203,8 @@ def answer_of(error: Exception, *, expects_continue: bool = False) -> Answer:
     if isinstance(error, Refused):
         headers.append((b"retry-after", b"%d" % max(1, math.ceil(error.retry_after_s))))
     elif isinstance(error, Unavailable):
-        headers.append((b"retry-after", b"%d" % RETRY_UNAVAILABLE_S))
-    if expects_continue:
+        headers.append((b"retry-after", b"%d" % max(RETRY_UNAVAILABLE_S, math.ceil(error.retry_after_s))))
+    if expects_continue or isinstance(error, RequestTimeout):
         headers.append((b"connection", b"close"))
     return error_answer(error.status, error.code, str(error), headers)
 

@@ -22,12 +22,11 @@ import sys
 from types import FrameType
 
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from server.app import Application
-from server.errors import MalformedRequest, SlipstreamError, StartupError
-from server.http import error_answer
-from server.repository import Repository
+from server.errors import HeadersTooLarge, MalformedRequest, RequestError, RequestTimeout, StartupError
+from server.http import answer_of
+from server.serving import Application
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +39,8 @@ IDLE_CONNECTION_S = 0.25
 LAST_ANSWERS_S = 1.0
 # What handshakes under way get to finish after new ones are dropped.
 HANDSHAKE_S = 0.05
+# Request line and headers; what proxies and cookies make of them stays far below.
+MAX_HEAD_BYTES = 64 * 1024
 _STEP_S = 0.02
 _SO_ATTACH_FILTER = 26
 
@@ -96,12 +97,63 @@ def drop_new_connections(listening: socket.socket) -> bool:
 
 
 class _Protocol(HttpToolsProtocol):
-    """Uvicorn's, but what is not HTTP gets an answer in the one error form."""
+    """Uvicorn's, with bounds on the size of request line and headers, and on the time that they take to come.
+
+    What is refused here gets an answer in the one error form.
+    """
+
+    # The head that is coming: its bytes so far, and since when it is waited for. ``None`` once it has come, and while
+    # uvicorn itself bounds the time that an idle connection stays open.
+    _head_bytes = 0
+    _head_since_s: float | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)  # type: ignore[arg-type]
+        self._head_since_s = self.loop.time()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.cycle is not None and self.cycle.scope is self.scope:
+            self._head_bytes, self._head_since_s = 0, None
+            return
+        self._head_bytes += len(data)
+        if self._head_since_s is None:
+            self._head_since_s = self.loop.time()
+        if self._head_bytes > MAX_HEAD_BYTES:
+            self._refuse(
+                HeadersTooLarge(
+                    f"the request line and headers have {self._head_bytes} bytes so far; "
+                    f"this server takes {MAX_HEAD_BYTES}"
+                )
+            )
+
+    def refuse_late_head(self, timeout_s: float) -> None:
+        """Answer 408 and close the connection if it has waited longer than this for the headers of a request."""
+        if self._head_since_s is None or self._is_answering:
+            return
+        if self.loop.time() - self._head_since_s >= timeout_s:
+            self._refuse(
+                RequestTimeout(f"the request headers did not come within {timeout_s:g} s (set --body-timeout-s)")
+            )
 
     def send_400_response(self, msg: str) -> None:
-        answer = error_answer(400, MalformedRequest.code, msg, [(b"connection", b"close")])
-        head = b"".join(b"%s: %s\r\n" % header for header in answer.headers)
-        self.transport.write(b"".join([b"HTTP/1.1 400 Bad Request\r\n", head, b"\r\n", *answer.parts]))
+        self._refuse(MalformedRequest(msg))
+
+    @property
+    def _is_answering(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _refuse(self, error: RequestError) -> None:
+        self._head_since_s = None
+        if self.transport.is_closing():
+            return
+        if self._is_answering:  # the answer to the request before this one may be half sent
+            self.transport.close()
+            return
+        answer = answer_of(error)
+        headers = [header for header in answer.headers if header[0] != b"connection"]
+        head = b"".join(b"%s: %s\r\n" % header for header in (*headers, (b"connection", b"close")))
+        self.transport.write(b"".join([STATUS_LINE[answer.status], head, b"\r\n", *answer.parts]))
         self.transport.close()
 
 
@@ -110,7 +162,10 @@ class Listener(uvicorn.Server):
 
     Attributes:
         failure: Why the server stopped by itself; ``None`` when it was told to.
+        shares_socket: Whether other processes accept from the same socket: it is closed here, but not shut down.
     """
+
+    shares_socket = False
 
     def __init__(self, app: Application, listening: socket.socket) -> None:
         super().__init__(
@@ -149,17 +204,18 @@ class Listener(uvicorn.Server):
         """Start to listen; the models load meanwhile."""
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets=sockets)
-        url = url_of(self._listening)
-        logger.info("listening on %s, loading models from %s", url, self._app.settings.repository)
-        if self._app.opening is not None:
-            self._app.opening.add_done_callback(self._opened)
+        self._app.listens_on(url_of(self._listening), self._fail)
 
     async def main_loop(self) -> None:
-        """Wait for the stop; once a second the Date header of the answers is renewed."""
+        """Wait for the stop; at least once a second, renew the Date header and look for headers that do not come."""
+        timeout_s = self._app.settings.body_timeout_s
         while not self._stop.is_set():
             await self.on_tick(0)
+            for connection in list(self.server_state.connections):
+                if isinstance(connection, _Protocol):
+                    connection.refuse_late_head(timeout_s)
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(1):
+                async with asyncio.timeout(min(1, timeout_s)):
                     await self._stop.wait()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002  (uvicorn's signature)
@@ -188,23 +244,6 @@ class Listener(uvicorn.Server):
             task.cancel()
         logger.info("stopped")
 
-    def _opened(self, opening: asyncio.Task[None]) -> None:
-        """Report what opening the repository came to; stop if there is nothing to serve."""
-        if opening.cancelled():
-            return
-        repository, url = self._app.repository, url_of(self._listening)
-        served = served_models(repository)
-        failed = [f"{name}/{version}: {reason}" for (name, version), reason in repository.failures.items()]
-        if (error := opening.exception()) is not None:
-            self._fail(error)
-        elif not served:
-            reasons = "; ".join(failed) or "it holds no <name>/<version>/ with a manifest.json or model.onnx"
-            self._fail(StartupError(f"no model of {self._app.settings.repository} can be served: {reasons}"))
-        elif failed:
-            logger.warning("not ready, though serving %s on %s; failed: %s", served, url, "; ".join(failed))
-        else:
-            logger.info("ready: serving %s on %s, API page %s/docs", ", ".join(served), url, url)
-
     def _fail(self, error: BaseException) -> None:
         self.failure = error
         self.should_exit = True
@@ -230,8 +269,9 @@ class Listener(uvicorn.Server):
         with contextlib.suppress(BlockingIOError):
             while True:
                 waiting.append(self._listening.accept()[0])
-        with contextlib.suppress(OSError):
-            self._listening.shutdown(socket.SHUT_RDWR)
+        if not self.shares_socket:
+            with contextlib.suppress(OSError):
+                self._listening.shutdown(socket.SHUT_RDWR)
         for server in self.servers:
             server.close()
         self._listening.close()
@@ -257,13 +297,3 @@ class Listener(uvicorn.Server):
                     connection.shutdown()  # closes it if it is idle
             await asyncio.sleep(_STEP_S)
         return True
-
-
-def served_models(repository: Repository) -> list[str]:
-    """Return the names of the models that take requests now."""
-    names = []
-    for name in repository.names():
-        with contextlib.suppress(SlipstreamError):
-            repository.get(name)
-            names.append(name)
-    return names

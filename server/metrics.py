@@ -1,7 +1,8 @@
 """Every metric, its labels and its buckets on one screen.
 
-Labels are only ``model``, ``version``, ``variant``, ``device`` and ``code``. ``code`` is ``ok`` or the code of an error
-in ``server.errors``, so every refusal is counted by its reason.
+Labels are only ``model``, ``version``, ``variant``, ``device``, ``code``, ``state`` of versions, ``result`` of swaps,
+of shadowed requests and of the response cache.
+``code`` is ``ok`` or the code of an error in ``server.errors``, so every refusal is counted by its reason.
 """
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -33,6 +34,24 @@ class Metrics:
         )
         self.queue_rows = Gauge("slipstream_queue_rows", "Rows that wait now.", _MODEL, registry=registry)
         self.model_ready = Gauge("slipstream_model_ready", "1 while the model serves.", _MODEL, registry=registry)
+        self.model_versions = Gauge(
+            "slipstream_model_versions",
+            "Versions by state: ready, loading, shadowed, draining, failed, rolled_back, unloaded.",
+            ("model", "state"),
+            registry=registry,
+        )
+        self.model_swaps = Counter(
+            "slipstream_model_swaps",
+            "Ends of new versions: swapped, failed (to open), refused (by the comparison), rolled_back.",
+            ("model", "result"),
+            registry=registry,
+        )
+        self.shadow_requests = Counter(
+            "slipstream_shadow_requests",
+            "Live requests that a new version was tried on: same, differs, failed.",
+            (*_MODEL, "result"),
+            registry=registry,
+        )
         self.variant_served = Gauge(
             "slipstream_variant_served",
             "1 where a variant of the artifact serves, 0 where this host refused it.",
@@ -55,6 +74,17 @@ class Metrics:
         self.brownout = Gauge(
             "slipstream_brownout", "1 while overload is served by the fastest variant.", _MODEL, registry=registry
         )
+        self.cache_requests = Counter(
+            "slipstream_cache_requests",
+            "Requests by what the response cache did: hit, shared (joined a run under way), miss.",
+            (*_MODEL, "result"),
+            registry=registry,
+        )
+        self.cache_bytes = Gauge("slipstream_cache_bytes", "Memory of the kept answers.", registry=registry)
+
+    def of_model(self, name: str, version: str) -> "ModelMetrics":
+        """Return the metrics of one model version."""
+        return ModelMetrics(self, name, version)
 
     def text(self) -> bytes:
         """Render all metrics in Prometheus' text format."""
@@ -65,10 +95,16 @@ class ModelMetrics:
     """The metrics of one model version with their labels already bound, for the hot path.
 
     Called on the event loop only.
+
+    Attributes:
+        waiting_rows: Rows that wait now.
     """
 
     def __init__(self, metrics: Metrics, model: str, version: str) -> None:
         self._metrics, self._labels = metrics, (model, version)
+        self.waiting_rows = 0
+        self._variants: set[str] = set()
+        self._shown_lanes: set[tuple[str, str]] = set()
         self._request_seconds = metrics.request_seconds.labels(model, version)
         self._queue_seconds = metrics.queue_seconds.labels(model, version)
         self._queue_rows = metrics.queue_rows.labels(model, version)
@@ -114,6 +150,7 @@ class ModelMetrics:
 
     def queue_rows(self, rows: int) -> None:
         """Set the number of waiting rows."""
+        self.waiting_rows = rows
         self._queue_rows.set(rows)
 
     def ready(self, is_ready: bool) -> None:
@@ -122,8 +159,22 @@ class ModelMetrics:
 
     def variant_served(self, variant: str, is_served: bool) -> None:
         """Set whether a variant of the artifact serves on this host."""
+        self._variants.add(variant)
         self._metrics.variant_served.labels(*self._labels, variant).set(is_served)
 
     def lane_up(self, variant: str, device: str, is_up: bool) -> None:
         """Set whether a lane takes work."""
+        self._shown_lanes.add((variant, device))
         self._metrics.lane_up.labels(*self._labels, variant, device).set(is_up)
+
+    def forget(self) -> None:
+        """Drop the gauges of a version that has left for good; its counters stay.
+
+        A gauge that is 0 for ever would look like a model that should serve and does not.
+        """
+        for gauge in (self._metrics.queue_rows, self._metrics.model_ready):
+            gauge.remove(*self._labels)
+        for variant in self._variants:
+            self._metrics.variant_served.remove(*self._labels, variant)
+        for lane in self._shown_lanes:
+            self._metrics.lane_up.remove(*self._labels, *lane)

@@ -3,7 +3,9 @@
 Free of HTTP: a request comes as an ``InferRequest`` and leaves as an ``InferResponse``.
 """
 
+import asyncio
 import logging
+from collections.abc import Callable
 from typing import Any, Literal
 
 from server.artifact import Artifact
@@ -15,7 +17,7 @@ from server.providers import Device
 from server.scheduler import Cores, Scheduler
 from server.session import MEASURED_ROWS, check_text
 from server.settings import Settings
-from server.tensors import InferRequest, InferResponse, TensorSpec
+from server.tensors import InferRequest, InferResponse, Tensors, TensorSpec
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +37,8 @@ class Model:
         unoptimized: Whether it is a plain model that no optimizer has proven.
         variants: Names of the variants in service, the preferred one first.
         refused: Variant -> why it is not served on this host.
+        tap: Called with each request that pins no variant and its response, after the response was given; ``None``
+            calls nothing.
     """
 
     def __init__(self, artifact: Artifact, lanes: Lanes, limits: BatchLimits, metrics: Metrics) -> None:
@@ -44,9 +48,11 @@ class Model:
         self.unoptimized = artifact.manifest is None
         self.variants = tuple(dict.fromkeys(lane.variant for lane in lanes.specs))
         self.refused = lanes.refused
+        self.tap: Callable[[InferRequest, InferResponse], None] | None = None
         self._lanes, self._limits = lanes, limits
         self._metrics = ModelMetrics(metrics, self.name, self.version)
         self._scheduler: Scheduler | None = None
+        self._runner = lanes.specs[0].runner
         self._takes_text = any(spec.datatype == "BYTES" for spec in self.signature.inputs)
 
     @classmethod
@@ -89,13 +95,23 @@ class Model:
 
     @property
     def ready(self) -> bool:
-        """Whether it takes requests: it has started, and a lane of it is up."""
-        return self.state == "ready" and self._scheduler is not None and self._scheduler.serves
+        """Whether it takes requests."""
+        return self.state == "ready"
+
+    @property
+    def serves(self) -> bool:
+        """Whether it takes requests and has a lane that can run them."""
+        return self.ready and self._scheduler is not None and self._scheduler.serves
 
     @property
     def lanes_down(self) -> tuple[str, ...]:
         """The lanes that get no work because they fail, as ``variant on device``."""
         return self._scheduler.lanes_down if self._scheduler is not None else ()
+
+    @property
+    def waiting_rows(self) -> int:
+        """Rows that wait for a lane now."""
+        return self._metrics.waiting_rows
 
     def start(self, cores: Cores) -> None:
         """Start the lanes and become ready; on the event loop.
@@ -137,7 +153,7 @@ class Model:
         outputs = done.outputs
         if request.outputs:
             outputs = {name: outputs[name] for name in request.outputs}
-        return InferResponse(
+        response = InferResponse(
             self.name,
             self.version,
             request.id,
@@ -148,6 +164,22 @@ class Model:
             done.queue_s,
             done.compute_s,
         )
+        if self.tap is not None and not request.variant:
+            asyncio.get_running_loop().call_soon(self.tap, request, response)
+        return response
+
+    def run_aside(self, request: InferRequest) -> Tensors:
+        """Run one request alone on the preferred variant, before ``start``; blocks.
+
+        Returns:
+            Name -> array of all outputs.
+
+        Raises:
+            SignatureMismatch: If the inputs do not fit the signature.
+            InferenceFailed: If the session raised.
+        """
+        self.signature.check(request.inputs)
+        return self._runner.run(request.inputs)
 
     def metadata(self) -> dict[str, Any]:
         """Return ``inputs`` and ``outputs`` as the protocol's model metadata spells them, and what serves them.
@@ -175,6 +207,10 @@ class Model:
         if self._scheduler is not None:
             self._scheduler.close()
         self._lanes.close()
+
+    def forget(self) -> None:
+        """Drop the gauges of this version, once it is closed for good."""
+        self._metrics.forget()
 
 
 def _metadata_of(spec: TensorSpec) -> dict[str, Any]:

@@ -13,9 +13,6 @@ Every request gets one number when it arrives, its *rank*; the smallest goes fir
 
 import math
 
-PRIORITIES = range(1, 10)
-"""From the first to the last."""
-
 DEFAULT_PRIORITY = 5
 _LEVEL_S = 1.0
 _PATIENCE_S = 1.0

@@ -11,13 +11,15 @@ from collections.abc import Sequence
 from itertools import accumulate, chain
 from math import prod
 from operator import mul
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import msgspec
 import numpy as np
+import orjson
 import simdjson
 
 from server.errors import MalformedRequest
+from server.json_numbers import SLICE_NUMBERS, WIDE, flattened, parse_array, write_numbers
 from server.tensors import NUMPY_DTYPE, Array
 
 MAX_RANK: Final = 32
@@ -26,12 +28,6 @@ _BYTES_PREFIX: Final = 4
 _SHOWN_CHARACTERS: Final = 60
 _SHOWN_BITS: Final = 128
 
-# How simdjson is asked for each kind of number, and the dtype in which it answers.
-_WIDE: Final[dict[str, tuple[Literal["d", "i", "u"], np.dtype[Any]]]] = {
-    "f": ("d", np.dtype(np.float64)),
-    "i": ("i", np.dtype(np.int64)),
-    "u": ("u", np.dtype(np.uint64)),
-}
 # Element types of parsed JSON that each kind of dtype takes: integers pass as floats, nothing else is converted.
 _PYTHON_TYPES: Final[dict[str, frozenset[type]]] = {
     "f": frozenset((int, float)),
@@ -113,10 +109,10 @@ def from_json(name: str, datatype: str, shape: Sequence[int], data: object) -> A
     """Read a tensor from its JSON ``data``.
 
     ``data`` is ``msgspec.Raw`` holding the JSON text, or a parsed value: one flat array in row-major order, or arrays
-    nested exactly as ``shape``.
+    nested exactly as ``shape``; or it is what ``read_numbers`` made of it.
 
     Returns:
-        A new array of ``shape``.
+        An array of ``shape``.
 
     Raises:
         MalformedRequest: If datatype or shape are not valid, if the datatype has no JSON form (FP16), if the elements
@@ -126,8 +122,10 @@ def from_json(name: str, datatype: str, shape: Sequence[int], data: object) -> A
     count = element_count(name, shape)
     if datatype == "FP16":
         raise MalformedRequest(f"input '{name}' is FP16, which JSON cannot carry; send it as binary data")
+    if isinstance(data, np.ndarray):
+        return _shaped(name, shape, data)
     if isinstance(data, msgspec.Raw):
-        if dtype.kind in _WIDE and (numbers := _numbers(bytes(data), dtype, shape, count)) is not None:
+        if dtype.kind in WIDE and (numbers := _numbers(bytes(data), dtype, shape, count)) is not None:
             return _shaped(name, shape, numbers)
         data = _parsed(name, data)
     elements = _flat(name, data, shape, count)
@@ -135,8 +133,8 @@ def from_json(name: str, datatype: str, shape: Sequence[int], data: object) -> A
     return _shaped(name, shape, _array(name, datatype, elements, dtype))
 
 
-def to_json(name: str, array: Array) -> Array | list[str]:
-    """Return a tensor's elements, flat and row-major, as orjson writes them.
+def to_json(name: str, array: Array) -> Array | list[str] | orjson.Fragment:
+    """Return a tensor's elements, flat and row-major, for orjson to write; long arrays are written already.
 
     Raises:
         MalformedRequest: If the tensor has no JSON form: FP16, or BYTES that are no UTF-8.
@@ -151,7 +149,8 @@ def to_json(name: str, array: Array) -> Array | list[str]:
             ) from exc
     if array.dtype == np.float16:
         raise MalformedRequest(f"output '{name}' is FP16, which JSON cannot carry; ask for it with binary_data true")
-    return array.ravel()
+    flat = array.ravel()
+    return flat if len(flat) <= SLICE_NUMBERS else orjson.Fragment(write_numbers(flat))
 
 
 def to_binary(array: Array) -> bytes | memoryview:
@@ -198,43 +197,24 @@ def _split_bytes(name: str, buffer: memoryview, count: int) -> Array:
 
 def _numbers(text: bytes, dtype: np.dtype[Any], shape: Sequence[int], count: int) -> Array | None:
     """Read numbers without a Python object each; ``None`` where the exact way must look."""
-    kind, wide_dtype = _WIDE[dtype.kind]
-    try:
-        # A parser of its own: its buffers belong to what it returned, and it is not thread-safe.
-        parsed = simdjson.Parser().parse(text)
-        if not isinstance(parsed, simdjson.Array):
-            return None
-        wide: Array = np.frombuffer(parsed.as_buffer(of_type=kind), wide_dtype)
-    except (ValueError, TypeError, RuntimeError):  # what simdjson raises for text, types and big integers
+    parsed = parse_array(text)
+    if parsed is None or not _is_regular(text, parsed, shape):
         return None
-    if len(wide) != count or not _is_regular(text, parsed, shape):
-        return None
-    return wide if dtype == wide_dtype else _narrow(wide, dtype)
+    numbers = flattened(parsed, dtype)
+    return numbers if numbers is not None and len(numbers) == count else None
 
 
 def _is_regular(text: bytes, parsed: simdjson.Array, shape: Sequence[int]) -> bool:
     # simdjson flattens whatever it finds, so count the brackets and measure every row.
-    brackets = text.count(b"[")
-    if brackets == 1:
+    if text.find(b"[", 1) < 0:  # much faster than counting
         return True
-    return brackets == sum(accumulate(shape[:-1], mul, initial=1)) and _is_nested(parsed, shape)
+    return text.count(b"[") == sum(accumulate(shape[:-1], mul, initial=1)) and _is_nested(parsed, shape)
 
 
 def _is_nested(rows: simdjson.Array, shape: Sequence[int]) -> bool:
     if len(rows) != shape[0]:
         return False
     return len(shape) == 1 or all(isinstance(row, simdjson.Array) and _is_nested(row, shape[1:]) for row in rows)
-
-
-def _narrow(wide: Array, dtype: np.dtype[Any]) -> Array | None:
-    if dtype.kind == "f":
-        try:
-            with np.errstate(over="raise"):
-                return wide.astype(dtype)
-        except FloatingPointError:
-            return None
-    narrow = wide.astype(dtype)
-    return narrow if (narrow == wide).all() else None
 
 
 def _parsed(name: str, text: msgspec.Raw) -> Any:

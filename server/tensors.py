@@ -124,6 +124,10 @@ class Signature(msgspec.Struct, frozen=True):
                 raise SignatureMismatch(f"unexpected inference output '{name}'; the model gives {known}")
 
 
+PRIORITIES = range(1, 10)
+"""Priorities of requests, the first to go first."""
+
+
 class InferRequest(msgspec.Struct, frozen=True):
     """One inference request, decoded and free of any transport.
 

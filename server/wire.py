@@ -10,6 +10,7 @@ Source: Open Inference Protocol v2, REST; Triton's extensions *binary tensor dat
 """
 
 import json
+from math import prod
 from typing import Any, Final, NamedTuple, NoReturn
 
 import msgspec
@@ -18,8 +19,18 @@ import orjson
 from msgspec import UNSET, UnsetType
 
 from server.errors import MalformedRequest
+from server.json_numbers import LONG_BYTES, cut_out, placeholder, read_numbers, write_numbers
 from server.tensor_data import element_count, from_binary, from_json, shown, to_binary, to_json
-from server.tensors import DATATYPE_OF_NUMPY, NUMPY_DTYPE, Array, InferRequest, InferResponse, Tensors, TensorSpec
+from server.tensors import (
+    DATATYPE_OF_NUMPY,
+    NUMPY_DTYPE,
+    PRIORITIES,
+    Array,
+    InferRequest,
+    InferResponse,
+    Tensors,
+    TensorSpec,
+)
 
 _MAX_TIMEOUT_US: Final = 2**63 - 1
 
@@ -82,6 +93,7 @@ class _Output(msgspec.Struct):
 class _Parameters(msgspec.Struct):
     binary_data_output: bool = False
     timeout: int | None = None
+    priority: int = 0
     variant: str = ""
     sequence_id: Any = None
     sequence_start: Any = None
@@ -107,7 +119,9 @@ _MESSAGE: Final = msgspec.json.Decoder(_Message)
 _NO_PARAMETERS: Final = _Parameters()
 
 
-def decode(body: bytes | memoryview, header_length: int | None, raw_input: TensorSpec | None = None) -> Decoded:
+def decode(
+    body: bytes | bytearray | memoryview, header_length: int | None, raw_input: TensorSpec | None = None
+) -> Decoded:
     """Decode an infer request. Safe to call on any thread.
 
     Args:
@@ -129,11 +143,13 @@ def decode(body: bytes | memoryview, header_length: int | None, raw_input: Tenso
             f"Inference-Header-Content-Length is {shown(header_length)}; it counts the bytes of the JSON part: "
             f"at most the {len(view)} of the body, or 0 for a raw request"
         )
-    message = _read_message(view[:header_length])
+    text = view[:header_length]
+    message = (_read_long(text) if header_length >= LONG_BYTES else None) or _read_message(text)
     parameters = message.parameters or _NO_PARAMETERS
     inputs = _read_inputs(message.inputs, view, header_length)
     reply = _read_reply(message.outputs, parameters.binary_data_output)
-    request = InferRequest(inputs, message.id, tuple(reply.outputs), _read_timeout(parameters), parameters.variant)
+    timeout_s, priority = _read_timeout(parameters), _read_priority(parameters)
+    request = InferRequest(inputs, message.id, tuple(reply.outputs), timeout_s, parameters.variant, priority)
     return Decoded(request, reply)
 
 
@@ -163,6 +179,30 @@ def encode(response: InferResponse, reply: ReplyFormat) -> Encoded:
         outputs.append(output)
     parts[0] = _dump(head)
     return Encoded(parts, len(parts[0]) if len(parts) > 1 else None)
+
+
+def _read_long(text: memoryview) -> _Message | None:
+    """Read a message whose long arrays of numbers are cut out first; ``None`` where the exact way must look."""
+    cut = cut_out(bytes(text))
+    if cut is None:
+        return None
+    try:
+        message = _MESSAGE.decode(cut.rest)
+    except (ValueError, RecursionError):
+        return None
+    left = {placeholder(index): array for index, array in enumerate(cut.arrays)}
+    inputs: list[_Input] = []
+    for item in message.inputs:
+        array = None if item.data is UNSET else left.pop(bytes(item.data), None)
+        if array is not None:
+            dtype = NUMPY_DTYPE.get(item.datatype)
+            numbers = None if dtype is None else read_numbers(array, dtype, prod(item.shape))
+            if numbers is None:
+                return None
+            item = _ParsedInput(item.name, item.datatype, item.shape, parameters=item.parameters, data=numbers)
+        inputs.append(item)
+    # What is left belongs to no input: nothing has proven that it is valid JSON.
+    return None if left else _Message(tuple(inputs), message.id, message.outputs, message.parameters)
 
 
 def _read_message(text: memoryview) -> _Message:
@@ -252,6 +292,14 @@ def _read_timeout(parameters: _Parameters) -> float | None:
     return parameters.timeout / 1e6
 
 
+def _read_priority(parameters: _Parameters) -> int:
+    if parameters.priority and parameters.priority not in PRIORITIES:
+        raise MalformedRequest(
+            f"the request has priority {shown(parameters.priority)}; it is 1 (first) to 9 (last), or 0 for the default"
+        )
+    return parameters.priority
+
+
 def _decode_raw(body: memoryview, spec: TensorSpec | None) -> Decoded:
     if spec is None:
         raise MalformedRequest(
@@ -293,7 +341,7 @@ def _dump(head: dict[str, Any]) -> bytes:
     for output in head["outputs"]:
         data = output.get("data")
         if isinstance(data, np.ndarray) and not np.isfinite(data).all():
-            output["data"] = orjson.Fragment(json.dumps(data.tolist()))
+            output["data"] = orjson.Fragment(write_numbers(data))
     return orjson.dumps(head, option=orjson.OPT_SERIALIZE_NUMPY)
 
 

@@ -4,28 +4,16 @@ Memory is bounded by one batch: each batch is reduced to a minimum, a maximum an
 one runs, and batches may have different sizes. Tensors that together are large are observed in groups, one run each.
 """
 
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper
 
-from optimizers.errors import PassFailed
-from optimizers.graph import save_model
-from optimizers.passes import copy_of
+from optimizers.passes.observing import in_groups, observed
 from optimizers.passes.ranges import BINS, LEVELS, Histogram, Method, range_of
 from optimizers.passes.ranges import Range as Range
-from server.artifact import SessionOptions
-from server.errors import SlipstreamError
-from server.providers import Device
-from server.session import Session
 from server.tensors import Array, Tensors
-
-_PLAIN = SessionOptions(intra_op_threads=0, graph_level="disable")
-_GROUP_BYTES = 256 << 20
 
 
 def float_tensors(model: onnx.ModelProto, op_types: frozenset[str] | None = None) -> list[str]:
@@ -135,67 +123,10 @@ def _observe(
     observe: Callable[[str, Array], None],
 ) -> None:
     """Call ``observe`` with the finite values of every tensor in every batch."""
-    try:
-        for group in _groups(model, tensors, batches, work):
-            for values in _values(model, group, batches, work):
-                for name in group:
-                    array = values.pop(name)
-                    finite = array[np.isfinite(array)]
-                    if finite.size:
-                        observe(name, finite)
-    except SlipstreamError as exc:
-        raise PassFailed(f"the model does not run on the calibration data: {exc}") from exc
-
-
-def _values(
-    model: onnx.ModelProto, tensors: Sequence[str], batches: Sequence[Tensors], work: Path
-) -> Iterator[dict[str, Array]]:
-    """Yield the tensors of each batch."""
-    given = {value.name for value in model.graph.input}
-    declared = {value.name for value in model.graph.output}
-    twin = copy_of(model)
-    twin.graph.output.extend(value for value in model.graph.value_info if value.name in set(tensors) - declared - given)
-    wanted = tuple(name for name in tensors if name not in given)
-    with _opened(twin, work) as session:
-        for batch in batches:
-            outputs = session.run(batch, wanted) if wanted else {}
-            outputs.update((name, batch[name]) for name in tensors if name in given)
-            yield outputs
-
-
-def _groups(model: onnx.ModelProto, tensors: Sequence[str], batches: Sequence[Tensors], work: Path) -> list[list[str]]:
-    """Cut the tensors into groups of at most 256 MB, or one tensor; the model itself counts the first batch's elements.
-
-    Shapes in the file do not tell: axes may have names, or no size at all.
-    """
-    twin = copy_of(model)
-    del twin.graph.output[:]
-    sizes = [f"{name}/elements" for name in tensors]
-    twin.graph.node.extend(helper.make_node("Size", [name], [size]) for name, size in zip(tensors, sizes, strict=True))
-    twin.graph.output.extend(helper.make_tensor_value_info(size, TensorProto.INT64, []) for size in sizes)
-    groups: list[list[str]] = []
-    room = 0
-    if not tensors:
-        return groups
-    with _opened(twin, work) as session:
-        elements = session.run(batches[0])
-    for name, size in zip(tensors, sizes, strict=True):
-        needed = 4 * int(elements[size])
-        if not groups or needed > room:
-            groups.append([])
-            room = _GROUP_BYTES
-        groups[-1].append(name)
-        room -= needed
-    return groups
-
-
-@contextmanager
-def _opened(model: onnx.ModelProto, work: Path) -> Iterator[Session]:
-    with tempfile.TemporaryDirectory(dir=work) as folder:
-        path = Path(folder) / "observed.onnx"
-        save_model(model, path)
-        session = Session(path, Device("cpu"), _PLAIN)
-        try:
-            yield session
-        finally:
-            session.close()
+    for group in in_groups(model, tensors, batches, work):
+        for values in observed(model, group, batches, work):
+            for name in group:
+                array = values.pop(name)
+                finite = array[np.isfinite(array)]
+                if finite.size:
+                    observe(name, finite)

@@ -1,27 +1,37 @@
 """The build for one kind of CPU: onnxruntime's own operators and layouts, found once and kept in the file.
 
-At its level ALL onnxruntime replaces operators by its own: ``FusedConv``, ``BiasGelu``, ``SkipLayerNormalization``,
-``Attention``, and convolutions on blocks of 8 or 16 channels (NCHWc) whose weights are laid out for the vector width of
-this CPU. Such a file opens without being transformed again, and is bound to CPUs like this one and to onnxruntime.
+At its level ALL onnxruntime replaces operators by its own: ``FusedConv``, ``BiasGelu``, ``SkipLayerNormalization``, and
+convolutions on blocks of 8 or 16 channels (NCHWc) whose weights are laid out for the vector width of this CPU. Rules of
+our own form ``EmbedLayerNormalization`` and ``Attention`` before that. Such a file opens without being transformed
+again, and is bound to CPUs like this one and to onnxruntime.
 """
 
 import tempfile
 from collections import Counter
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 import onnx
+import onnx_ir as ir
+import onnx_ir.passes.common as common
 import onnxruntime
 from onnx import helper
 from onnxruntime.transformers.fusion_options import FusionOptions
 from onnxruntime.transformers.optimizer import optimize_model
 
 from optimizers.errors import PassFailed
-from optimizers.graph import load_model, nodes_of, op_counts, save_model
+from optimizers.graph import load_model, nodes_of, op_counts, opset_of, save_model
 from optimizers.passes import PassContext, PassResult, PassSpec, copy_of
+from optimizers.passes.fuse_attention import ATTENTION_RULES
+from optimizers.passes.fuse_embedding import EMBEDDING_RULES
+from optimizers.passes.rules import apply_counted, drop_rule_names
 from optimizers.passes.settle import settle
 from server.artifact import SessionOptions
 from server.providers import ort_errors
+
+Fusion = Literal["embedding", "attention"]
+"""Rules of our own that form onnxruntime's operators."""
 
 DISABLED_OPTIMIZERS = "optimization.disable_specified_optimizers"
 """Session config entry: onnxruntime's optimizers that must not run, separated by ``;``."""
@@ -29,8 +39,19 @@ DISABLED_OPTIMIZERS = "optimization.disable_specified_optimizers"
 BUILT_FOR = "slipstream.built_for"
 """Metadata of the file: the CPU that it was built on."""
 
-_ENCODER_OPS = frozenset({"LayerNormalization", "Softmax", "MatMul"})
-_TOOL_FAILURES = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+_RULES = {"embedding": EMBEDDING_RULES, "attention": ATTENTION_RULES}
+_OLDEST_OPSET = 13  # before, Softmax takes all axes from the given one on
+_ENCODER_OPS = ({"LayerNormalization"}, {"Softmax", "com.microsoft:Attention", "com.microsoft:MultiHeadAttention"})
+_TOOL_FAILURES = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    ir.passes.PassError,
+)
 
 
 class CpuBuild(msgspec.Struct, frozen=True):
@@ -39,17 +60,19 @@ class CpuBuild(msgspec.Struct, frozen=True):
     Attributes:
         disabled: Names of onnxruntime's optimizers to leave out, such as ``SkipLayerNormFusion``, whose kernel is
             slower than the separate operators on some CPUs.
-        encoder_fusions: Whether transformer encoders first go through the rules of ``onnxruntime.transformers``, which
-            know more spellings of attention and embeddings than the session does.
+        fusions: Which rules of our own run before, in this order.
+        encoder_fusions: Whether transformer encoders go through ``onnxruntime.transformers`` after that. It forms no
+            attention, but it knows more spellings of GELU and of a normalized sum that is read again than sessions do.
     """
 
     disabled: tuple[str, ...] = ()
+    fusions: tuple[Fusion, ...] = ("embedding", "attention")
     encoder_fusions: bool = True
 
     @property
     def spec(self) -> PassSpec:
         """Takes any FP32 model, makes one for CPUs like this."""
-        return PassSpec("cpu-build", 1, "tolerance", "fp32", "cpu-build", needs=frozenset({"host"}), target="cpu")
+        return PassSpec("cpu-build", 2, "tolerance", "fp32", "cpu-build", needs=frozenset({"host"}), target="cpu")
 
     def run(self, model: onnx.ModelProto, context: PassContext) -> PassResult:
         """Apply the pass.
@@ -60,7 +83,8 @@ class CpuBuild(msgspec.Struct, frozen=True):
         Raises:
             PassFailed: If onnxruntime cannot open the model.
         """
-        fused, note = self._encoder(model)
+        fused, done = self._fused(model)
+        fused, tool = self._encoder(fused)
         with tempfile.TemporaryDirectory(dir=context.work) as folder:
             source, target = Path(folder) / "model.onnx", Path(folder) / "optimized.onnx"
             save_model(fused, source)
@@ -74,14 +98,41 @@ class CpuBuild(msgspec.Struct, frozen=True):
             return PassResult(model, changed=False, note="onnxruntime has no operators of its own for this model")
         helper.set_model_props(built, _properties(model) | {BUILT_FOR: context.host.fingerprint})
         config = {DISABLED_OPTIMIZERS: ";".join(self.disabled)} if self.disabled else {}
+        note = "; ".join(filter(None, (done, tool)))
         return PassResult(built, True, counts, note, SessionOptions(graph_level="disable", config=config))
 
+    def _fused(self, model: onnx.ModelProto) -> tuple[onnx.ModelProto, str]:
+        """Return the model after our rules, and what they did."""
+        if not self.fusions or opset_of(model) < _OLDEST_OPSET:
+            return model, ""
+        typed = copy_of(model)
+        settle(typed, _with_named_axes(model))  # rules ask for types and shapes
+        try:
+            graph = ir.from_proto(typed)
+            counts: Counter[str] = Counter()
+            for fusion in self.fusions:
+                counts.update(apply_counted(graph, _RULES[fusion]))
+            common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(graph)
+            common.RemoveUnusedNodesPass()(graph)
+            common.NameFixPass()(graph)
+            fused = ir.to_proto(graph)
+        except _TOOL_FAILURES as exc:
+            return model, f"without rules of our own: {type(exc).__name__}: {str(exc)[:100]}"
+        if not counts:
+            return model, ""
+        drop_rule_names(fused)
+        fused.ir_version = model.ir_version
+        settle(fused, model)
+        return fused, "by rules: " + ", ".join(f"{count} x {name}" for name, count in counts.items())
+
     def _encoder(self, model: onnx.ModelProto) -> tuple[onnx.ModelProto, str]:
-        if not self.encoder_fusions or not op_counts(model).keys() >= _ENCODER_OPS:
+        """Return the model after onnxruntime's rules, and whether they were applied."""
+        if not self.encoder_fusions or not all(names & op_counts(model).keys() for names in _ENCODER_OPS):
             return model, ""
         options = FusionOptions("bert")
         options.enable_skip_layer_norm = "SkipLayerNormFusion" not in self.disabled
         options.enable_bias_skip_layer_norm = options.enable_skip_layer_norm
+        options.enable_attention = options.enable_embed_layer_norm = False  # left to rules of our own
         twin = copy_of(model)
         twin.producer_name = "pytorch"  # it warns of every other producer
         try:
@@ -117,6 +168,16 @@ def foreign_counts(after: onnx.ModelProto, before: onnx.ModelProto) -> dict[str,
     found = Counter(op_counts(after))
     found.subtract(op_counts(before))
     return {name: count for name, count in sorted(found.items()) if count > 0 and ":" in name}
+
+
+def _with_named_axes(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a copy in which every variable axis of an input has a name, so that its size can be followed."""
+    twin = copy_of(model)
+    for value in twin.graph.input:
+        for axis, dim in enumerate(value.type.tensor_type.shape.dim):
+            if dim.WhichOneof("value") is None:
+                dim.dim_param = f"{value.name}.{axis}"
+    return twin
 
 
 def _properties(model: onnx.ModelProto) -> dict[str, str]:

@@ -5,28 +5,21 @@ runs, and batches may have different sizes.
 """
 
 import math
-import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import onnx
 from numpy.lib.stride_tricks import sliding_window_view
-from onnx import TensorProto, helper
+from onnx import helper
 
 from optimizers.errors import PassFailed
-from optimizers.graph import save_model
-from optimizers.passes import copy_of
 from optimizers.passes.int8 import WEIGHTED_OPS, weighted_nodes
-from server.artifact import SessionOptions
-from server.errors import SlipstreamError
-from server.providers import Device
-from server.session import Session
+from optimizers.passes.observing import observed as observed
 from server.tensors import Array, Tensors
 
 _MOST_PATCHES = 4096  # of one batch: neighbouring patches overlap, so more of them add time and little else
-_PLAIN = SessionOptions(intra_op_threads=0, graph_level="disable")
 
 Rows = Array
 """FP32 ``[rows, K]``, or ``[groups, rows, K]`` for a convolution with several groups."""
@@ -118,41 +111,6 @@ def input_moments(
             _add(sums, (tensor, walk), _finite(rows_of(values[tensor], walk, number)))
     results = {source: _divided(total) for source, total in sums.items()}
     return {name: results[source] for name, source in sources.items() if source in results}
-
-
-def observed(
-    model: onnx.ModelProto, tensors: Sequence[str], batches: Iterable[Tensors], work: Path
-) -> Iterator[dict[str, Array]]:
-    """Run a model as its file says, and yield the values of float tensors batch by batch.
-
-    Args:
-        model: The model, weights inside.
-        tensors: Names of FLOAT tensors of its main graph, none of them a weight.
-        batches: Inputs, taken one by one.
-        work: An existing folder for a temporary file.
-
-    Yields:
-        Tensor name -> array.
-
-    Raises:
-        PassFailed: If the model does not run on the batches.
-    """
-    inputs = {value.name for value in model.graph.input}
-    declared = {value.name for value in model.graph.output}
-    wanted = tuple(name for name in dict.fromkeys(tensors) if name not in inputs)
-    twin = copy_of(model)
-    extra = (name for name in wanted if name not in declared)
-    twin.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in extra)
-    with tempfile.TemporaryDirectory(dir=work) as folder:
-        path = Path(folder) / "observed.onnx"
-        save_model(twin, path)
-        try:
-            session = Session(path, Device("cpu"), _PLAIN)
-            for batch in batches:
-                outputs = session.run(batch, wanted) if wanted else {}
-                yield {name: batch[name] if name in inputs else outputs[name] for name in tensors}
-        except SlipstreamError as exc:
-            raise PassFailed(f"the model does not run on the calibration data: {exc}") from exc
 
 
 def rows_of(values: Array, walk: Window | str, number: int = 0) -> Rows:

@@ -90,6 +90,12 @@ def private(value: ir.Value) -> bool:
     return len(value.uses()) == 1 and not value.is_graph_output()
 
 
+def read_once(value: ir.Value) -> bool:
+    """Whether no caller and one node reads the elements of a value; nodes that ask for its shape do not count."""
+    readers = [usage.node for usage in value.uses() if usage.node.op_type != "Shape"]
+    return len(readers) == 1 and not value.is_graph_output()
+
+
 def producer(value: ir.Value | None, op_type: str) -> ir.Node | None:
     """Return the node that makes the value if it is a standard operator of this type, else ``None``."""
     node = None if value is None else value.producer()

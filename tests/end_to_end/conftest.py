@@ -77,8 +77,8 @@ def slow_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def server(repository: Path) -> Iterator[Server]:
-    """A server that tests share; its body limit is 1 MB."""
-    with Server(repository, "--max-body-bytes", "1000000") as server:
+    """A server that tests share; its body limit is 1 MB, and it serves two versions of a model."""
+    with Server(repository, "--max-body-bytes", "1000000", "--keep-versions", "2") as server:
         yield server
 
 

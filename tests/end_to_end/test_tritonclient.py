@@ -42,7 +42,7 @@ def test_health_and_metadata(sync_client: triton.InferenceServerClient) -> None:
     assert sync_client.is_model_ready("mlp")
     assert sync_client.is_model_ready("mlp", "1")
     assert not sync_client.is_model_ready("mlp", "9")
-    assert sync_client.get_server_metadata()["extensions"] == ["binary_tensor_data"]
+    assert sync_client.get_server_metadata()["extensions"] == ["binary_tensor_data", "model_repository"]
     metadata = sync_client.get_model_metadata("mlp")
     assert metadata["versions"] == ["1", "2"]
     assert metadata["inputs"] == [{"name": "x", "datatype": "FP32", "shape": [-1, 64]}]

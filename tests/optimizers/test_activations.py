@@ -5,7 +5,7 @@ import onnx
 import pytest
 
 from optimizers.errors import PassFailed
-from optimizers.passes import activations
+from optimizers.passes import activations, observing
 from optimizers.passes.activations import float_tensors, largest_magnitudes, minmax_ranges, ranges
 from optimizers.passes.ranges import Histogram, range_of
 from optimizers.passes.sanitize import Sanitize
@@ -99,14 +99,14 @@ def test_values_near_the_largest_float_do_not_overflow(tmp_path: Path, model: on
 def test_large_tensors_are_observed_in_groups(
     tmp_path: Path, model: onnx.ModelProto, monkeypatch: pytest.MonkeyPatch, limit_bytes: int, runs: int
 ) -> None:
-    monkeypatch.setattr(activations, "_GROUP_BYTES", limit_bytes)
-    observed = []
-    values = activations._values
-    monkeypatch.setattr(activations, "_values", lambda *args: observed.append(args[1]) or values(*args))
+    monkeypatch.setattr(observing, "_GROUP_BYTES", limit_bytes)
+    groups = []
+    observe = activations.observed
+    monkeypatch.setattr(activations, "observed", lambda *args: groups.append(args[1]) or observe(*args))
     batches = [{"x": normal(10, 3)}, {"x": normal(2, 3, seed=1)}]  # 120 bytes a tensor
     found = minmax_ranges(model, ["x", "h", "y"], batches, tmp_path)
-    assert len(observed) == runs
-    assert [name for group in observed for name in group] == ["x", "h", "y"]
+    assert len(groups) == runs
+    assert [name for group in groups for name in group] == ["x", "h", "y"]
     assert found["h"] == pytest.approx([2 * end for end in found["x"]])
     assert found["y"] == (0, found["h"][1])
 

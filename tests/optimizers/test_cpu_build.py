@@ -15,6 +15,7 @@ from optimizers.passes.cpu_build import BUILT_FOR, CpuBuild
 from optimizers.passes.fusion import OrtBasic
 from server.artifact import SessionOptions
 from tests.models import save_cnn, save_mlp
+from tests.optimizers.encoders import attention, embeddings
 from tests.optimizers.graphs import NODE, WITH_DOT, context_of, model_of, normal
 
 SIZE, HEADS, LONG = 32, 4, 6
@@ -90,9 +91,10 @@ def test_the_result_is_opened_without_being_transformed_again(tmp_path: Path, le
 def test_a_transformer_encoder_gets_fused_operators(tmp_path: Path) -> None:
     model = encoder()
     result = CpuBuild().run(model, context_of(tmp_path))
+    assert result.counts["com.microsoft:Attention"] == 1
     assert result.counts["com.microsoft:BiasGelu"] == 1
     assert result.counts["com.microsoft:SkipLayerNormalization"] == 1
-    assert result.note == "with onnxruntime's encoder rules"
+    assert result.note == "by rules: 1 x Attention; with onnxruntime's encoder rules"
     assert signature_of(result.model) == signature_of(model)
     require_equivalent(model, result, CpuBuild().spec.effect, [TOKENS], tmp_path)
 
@@ -113,14 +115,62 @@ def test_a_fusion_that_does_not_pay_can_be_left_out(tmp_path: Path) -> None:
     )
 
 
-def test_rules_that_fail_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("fusions", [(), ("embedding",)])
+def test_attention_can_be_left_out(tmp_path: Path, fusions: tuple) -> None:
+    step = CpuBuild(fusions=fusions)
+    result = step.run(encoder(), context_of(tmp_path))
+    assert "com.microsoft:Attention" not in result.counts
+    assert result.note == "with onnxruntime's encoder rules"
+    require_equivalent(encoder(), result, step.spec.effect, [TOKENS], tmp_path)
+
+
+def test_embeddings_and_attention_are_formed_with_the_sums_between_them(tmp_path: Path) -> None:
+    """The shapes that the embeddings give let onnxruntime fuse the sums that follow."""
+    model = embeddings("slice-of-table")
+    layer = attention(mask="none")
+    for node in layer.graph.node:
+        node.input[:] = [f"layer_{name}" if name != "x" else "y" for name in node.input]
+        node.output[:] = [f"layer_{name}" for name in node.output]
+        model.graph.node.append(node)
+    for tensor in layer.graph.initializer:
+        tensor.name = f"layer_{tensor.name}"
+        model.graph.initializer.append(tensor)
+    model.graph.node.append(NODE("Add", ["layer_y", "y"], ["sum2"]))
+    model.graph.node.append(NODE("LayerNormalization", ["sum2", "gamma", "beta"], ["out"]))
+    model.graph.output[0].name = "out"
+    result = CpuBuild(encoder_fusions=False).run(model, context_of(tmp_path))
+    assert result.counts == {
+        "com.microsoft:Attention": 1,
+        "com.microsoft:EmbedLayerNormalization": 1,
+        "com.microsoft:SkipLayerNormalization": 1,
+    }
+    assert result.note == "by rules: 1 x EmbedLayerNormalization, 1 x Attention"
+    ids = np.arange(10).reshape(2, 5)
+    require_equivalent(model, result, CpuBuild().spec.effect, [{"ids": ids, "segments": ids % 2}], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("tool", "note"),
+    [
+        ("optimize_model", "by rules: 1 x Attention; without onnxruntime's encoder rules: KeyError: 'shape'"),
+        ("apply_counted", "without rules of our own: KeyError: 'shape'; with onnxruntime's encoder rules"),
+    ],
+)
+def test_rules_that_fail_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tool: str, note: str) -> None:
     def fails(*_: object, **__: object) -> None:
         raise KeyError("shape")
 
-    monkeypatch.setattr(cpu_build, "optimize_model", fails)
+    monkeypatch.setattr(cpu_build, tool, fails)
     result = CpuBuild().run(encoder(), context_of(tmp_path))
-    assert result.note == "without onnxruntime's encoder rules: KeyError: 'shape'"
+    assert result.note == note
     assert result.counts["com.microsoft:BiasGelu"] == 1
+
+
+def test_rules_wait_for_a_softmax_over_one_axis(tmp_path: Path) -> None:
+    model = attention()
+    model.opset_import[0].version = 12
+    result = CpuBuild().run(model, context_of(tmp_path))
+    assert "com.microsoft:Attention" not in result.counts
 
 
 def test_axes_without_a_name_get_none(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from server.errors import ModelNotReady, UnknownModel
+from server.repository import IndexEntry
 from server.tensors import InferRequest, InferResponse, Signature, TensorSpec
 
 SIGNATURE = Signature((TensorSpec("x", "FP32", ("batch", 4)),), (TensorSpec("y", "FP32", ("batch", 4)),))
@@ -43,6 +44,7 @@ class FakeRepository:
     def __init__(self) -> None:
         self.models = {version: FakeModel(version) for version in ("1", "2")}
         self.failures: dict[tuple[str, str], str] = {}
+        self.lanes_down: dict[tuple[str, str], tuple[str, ...]] = {}
         self.ready = True
         self.calls: list[str] = []
 
@@ -63,6 +65,25 @@ class FakeRepository:
 
     async def open(self) -> None:
         self.calls.append("open")
+
+    async def stop(self) -> None:
+        self.calls.append("stop")
+
+    def index(self) -> list[IndexEntry]:
+        return [IndexEntry("m", "1", "UNAVAILABLE", "rolled back"), IndexEntry("m", "2", "READY", "")]
+
+    async def load(self, name: str) -> None:
+        self.get(name)
+        self.calls.append(f"load {name}")
+
+    async def unload(self, name: str) -> None:
+        self.get(name)
+        self.calls.append(f"unload {name}")
+
+    async def rollback(self, name: str) -> str:
+        self.get(name)
+        self.calls.append(f"rollback {name}")
+        return "1"
 
     async def drain(self) -> bool:
         self.calls.append("drain")

@@ -65,6 +65,12 @@ async def test_one_bad_model_is_named_in_ready(client: httpx.AsyncClient, reposi
     assert ready.json()["models"] == {"bad/3": "its digest differs"}
 
 
+async def test_failed_version_is_named_though_ready(client: httpx.AsyncClient, repository: FakeRepository) -> None:
+    repository.failures = {("m", "3"): "its digest differs"}
+    ready = await client.get("/v2/health/ready")
+    assert (ready.status_code, ready.json()) == (200, {"ready": True, "models": {"m/3": "its digest differs"}})
+
+
 async def test_draining_is_not_ready_but_live_and_serving(client: httpx.AsyncClient, app: Application) -> None:
     app.draining = True
     ready = await client.get("/v2/health/ready")
@@ -197,7 +203,7 @@ async def test_lifespan_opens_in_the_background_and_closes(app: Application, rep
         assert not app.opening.done()
         opened.set()
         await app.opening
-    assert repository.calls == ["open", "drain", "close"]
+    assert repository.calls == ["open", "stop", "drain", "close"]
 
 
 async def test_lifespan_that_ends_while_opening_gives_up(app: Application, repository: FakeRepository) -> None:
@@ -209,7 +215,7 @@ async def test_lifespan_that_ends_while_opening_gives_up(app: Application, repos
         await asyncio.sleep(0)
     assert app.opening is not None
     assert app.opening.cancelled()
-    assert repository.calls == ["drain", "close"]
+    assert repository.calls == ["stop", "drain", "close"]
 
 
 async def test_route_errors_are_not_logged(client: httpx.AsyncClient, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,16 +1,30 @@
 """Bodies in, answers out."""
 
+import asyncio
 import gzip
 import json
 import logging
+import sys
 import zlib
 from typing import Any
 
 import pytest
 
 from server import errors
-from server.errors import BodyTooLarge, MalformedRequest, QueueFull, SlipstreamError, UnsupportedEncoding
-from server.http import JOINED_BYTES, Answer, ClientLeft, answer_of, read_body, send_answer
+from server.errors import (
+    BodyTooLarge,
+    MalformedRequest,
+    QueueFull,
+    RequestTimeout,
+    SlipstreamError,
+    UnsupportedEncoding,
+)
+from server.http import JOINED_BYTES, Answer, ClientLeft, ReadTimeout, answer_of, read_body, send_answer
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
 
 LIMIT = 1000
 
@@ -34,12 +48,13 @@ class Receiver:
 
 async def read(receive: Receiver, **headers: str) -> bytes:
     raw = {name.replace("_", "-").encode(): value.encode() for name, value in headers.items()}
-    return await read_body(raw, receive, LIMIT)
+    return bytes(await read_body(raw, receive, LIMIT, ReadTimeout(3600)))
 
 
 async def test_body_in_one_message_or_many_is_the_same() -> None:
     assert await read(Receiver(b"abc")) == b"abc"
     assert await read(Receiver(b"a", b"", b"bc")) == b"abc"
+    assert await read(Receiver(b"", b"abc", b"")) == b"abc"
     assert await read(Receiver(b"x" * LIMIT)) == b"x" * LIMIT
 
 
@@ -63,7 +78,8 @@ async def test_client_that_leaves_before_the_end_is_noticed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("encoding", "compress"), [("gzip", gzip.compress), ("GZIP", gzip.compress), ("deflate", zlib.compress)]
+    ("encoding", "compress"),
+    [("gzip", gzip.compress), ("GZIP", gzip.compress), ("deflate", zlib.compress), ("zstd", zstd.compress)],
 )
 async def test_compressed_body_is_decompressed(encoding: str, compress: Any) -> None:
     assert await read(Receiver(compress(b"text" * 100)), content_encoding=encoding) == b"text" * 100
@@ -74,30 +90,74 @@ async def test_identity_encoding_is_the_body_itself() -> None:
 
 
 async def test_zip_bomb_is_refused_at_the_limit() -> None:
-    bomb = gzip.compress(b"\0" * 100_000_000)[:LIMIT]
-    with pytest.raises(BodyTooLarge, match="decompresses to more than"):
-        await read(Receiver(bomb), content_encoding="gzip")
+    for encoding, compress in (("gzip", gzip.compress), ("zstd", zstd.compress)):
+        bomb = compress(b"\0" * 20_000_000)[:LIMIT]
+        with pytest.raises(BodyTooLarge, match="decompresses to more than"):
+            await read(Receiver(bomb), content_encoding=encoding)
 
 
-@pytest.mark.parametrize(
-    ("body", "reason"),
-    [
-        (b"not compressed", "not valid gzip data"),
-        (gzip.compress(b"text")[:-3], "truncated"),
-        (gzip.compress(b"text") + b"more", "goes on after its end"),
+async def test_zstd_window_that_would_take_much_memory_is_refused() -> None:
+    options = {zstd.CompressionParameter.window_log: 27, zstd.CompressionParameter.content_size_flag: 0}
+    compressor = zstd.ZstdCompressor(options=options)
+    body = compressor.compress(b"a") + compressor.flush()
+    with pytest.raises(MalformedRequest, match="too much memory"):
+        await read(Receiver(body), content_encoding="zstd")
+
+
+@pytest.mark.parametrize(("encoding", "compress"), [("gzip", gzip.compress), ("zstd", zstd.compress)])
+async def test_damaged_compression_is_malformed(encoding: str, compress: Any) -> None:
+    whole = compress(b"text")
+    for body, reason in (
+        (b"not compressed", f"not valid {encoding} data"),
+        (whole[:-3], "truncated"),
+        (whole + b"more", "goes on after its end"),
         (b"", "truncated"),
-    ],
-)
-async def test_damaged_compression_is_malformed(body: bytes, reason: str) -> None:
-    with pytest.raises(MalformedRequest, match=reason):
-        await read(Receiver(body), content_encoding="gzip")
+    ):
+        with pytest.raises(MalformedRequest, match=reason):
+            await read(Receiver(body), content_encoding=encoding)
 
 
 async def test_unknown_encoding_is_refused_before_anything_is_read() -> None:
     receive = Receiver(b"")
-    with pytest.raises(UnsupportedEncoding, match="'br'; use gzip, deflate or none"):
+    with pytest.raises(UnsupportedEncoding, match="'br'; use gzip, deflate, zstd or none"):
         await read(receive, content_encoding="br")
     assert receive.calls == 0
+
+
+class Silence:
+    """An ASGI ``receive`` that never answers, and tells when it is asked."""
+
+    def __init__(self) -> None:
+        self.asked = asyncio.Event()
+
+    async def __call__(self) -> dict[str, Any]:
+        self.asked.set()
+        await asyncio.Event().wait()
+        raise AssertionError
+
+
+async def test_body_that_does_not_come_is_given_up() -> None:
+    clock = ReadTimeout(0.01)
+    waiting = [asyncio.create_task(read_body({}, Silence(), LIMIT, clock)) for _ in range(2)]
+    assert await read_body({}, Receiver(b"abc"), LIMIT, clock) == b"abc"
+    for task in waiting:
+        with pytest.raises(RequestTimeout, match=r"did not come within 0\.01 s \(set --body-timeout-s\)"):
+            await task
+        assert task.cancelling() == 0
+    with pytest.raises(RequestTimeout):  # the timer that has fired is armed again
+        await read_body({}, Silence(), LIMIT, clock)
+    answer = answer_of(RequestTimeout("late"))
+    assert (answer.status, (b"connection", b"close") in answer.headers) == (408, True)
+
+
+async def test_cancelled_reading_is_no_timeout_and_leaves_nothing_behind() -> None:
+    clock, silence = ReadTimeout(3600), Silence()
+    task = asyncio.create_task(read_body({}, silence, LIMIT, clock))
+    await silence.asked.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert not len(clock._alarms)
 
 
 def leaves_of(kind: type[SlipstreamError]) -> list[type[SlipstreamError]]:

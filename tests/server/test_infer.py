@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import threading
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from server import infer
+from server.cache import ResponseCache
 from server.errors import DeadlineExpired, QueueFull
 from server.infer import InferBranch, infer_target
 from server.metrics import Metrics
@@ -105,7 +107,10 @@ async def test_json_answer_and_its_account(repository: FakeRepository, metrics: 
         "id": "7",
         "outputs": [{"name": "y", "datatype": "FP32", "shape": [1, 4], "data": [2, 4, 6, 8]}],
     }
-    assert exchange.headers == {
+    headers = exchange.headers
+    timing = headers.pop("server-timing")
+    assert re.fullmatch(r"queue;dur=1\.000, compute;dur=20\.000, total;dur=\d+\.\d{3}", timing)
+    assert headers == {
         "content-type": "application/json",
         "content-length": str(len(exchange.body)),
         "slipstream-variant": "fp32",
@@ -171,6 +176,28 @@ async def test_timeout_header_that_is_no_time_is_malformed(repository: FakeRepos
 async def test_bad_header_length_is_malformed(repository: FakeRepository, text: str) -> None:
     exchange = await call(repository, Exchange(headers={"inference-header-content-length": text}))
     assert (exchange.status, json.loads(exchange.body)["code"]) == (400, "malformed_request")
+
+
+async def test_cache_says_where_the_answer_came_from(repository: FakeRepository, metrics: Metrics) -> None:
+    branch = InferBranch(repository, metrics, 1_000_000, cache=ResponseCache(1_000_000, 0.0, metrics))  # type: ignore[arg-type]
+    seen = []
+    for _ in range(2):
+        exchange = Exchange()
+        await branch(exchange.scope, exchange.receive, exchange.send, "m", "")
+        seen.append((exchange.headers.get("slipstream-cache"), json.loads(exchange.body)))
+    assert [how for how, _ in seen] == [None, "hit"]
+    assert seen[0][1] == seen[1][1]
+    assert len(repository.models["2"].requests) == 1
+
+
+async def test_body_that_does_not_come_is_answered_and_counted(repository: FakeRepository, metrics: Metrics) -> None:
+    exchange = Exchange()
+    exchange._body.clear()
+    branch = InferBranch(repository, metrics, 1_000_000, body_timeout_s=0.01)  # type: ignore[arg-type]
+    await branch(exchange.scope, exchange.receive, exchange.send, "m", "")
+    assert (exchange.status, exchange.headers["connection"]) == (408, "close")
+    assert json.loads(exchange.body)["code"] == "request_timeout"
+    assert counted(metrics, "request_timeout") == 1
 
 
 async def test_wrong_method_names_the_right_one(repository: FakeRepository) -> None:
@@ -275,7 +302,7 @@ async def test_watching_for_departures_ends_with_the_answer(
     assert asyncio.all_tasks() == {asyncio.current_task()}
 
 
-@pytest.mark.parametrize(("rows", "off_loop"), [(1, False), (5000, True)])
+@pytest.mark.parametrize(("rows", "off_loop"), [(1, False), (4000, False), (20_000, True)])
 async def test_only_large_json_leaves_the_loop(
     repository: FakeRepository, monkeypatch: pytest.MonkeyPatch, rows: int, off_loop: bool
 ) -> None:

@@ -1,0 +1,336 @@
+"""The engine process: the models, and everything else that is not HTTP, for the front ends of one machine.
+
+It serves one channel per front end. What a front end reads of a request's tensors lies in shared memory that the batch is
+assembled from. A front end that dies takes only its own requests along: those that wait are cancelled, and its memory is
+unmapped once no run reads from it any more.
+"""
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import time
+from collections import deque
+from collections.abc import Coroutine
+from functools import partial
+from typing import Any, Final
+
+import uvloop
+from starlette.types import Message, Scope
+
+from server import channel
+from server.app import Application, create_app
+from server.channel import Channel
+from server.errors import SlipstreamError
+from server.infer import CANCELLED
+from server.logs import configure
+from server.messages import Buffer, Codecs, Encoded, Failure, Found, HttpAnswer, HttpRequest, Inferred
+from server.metrics import Metrics
+from server.orders import Line, Note
+from server.repository import Repository
+from server.serving import Model, RequestCounter
+from server.settings import Settings, settings_from_text
+from server.tensors import InferRequest
+
+logger = logging.getLogger(__name__)
+
+# What requests that the closing models refused get to reach their front ends.
+LAST_ANSWERS_S: Final = 1.0
+
+
+class Engine:
+    """The channels of all front ends, and what they share.
+
+    Args:
+        app: The application; it answers whatever is no inference.
+    """
+
+    def __init__(self, app: Application) -> None:
+        self.app = app
+        self.codecs = Codecs()
+        self._connections: set[Connection] = set()
+        self._targets: dict[tuple[str, str], int] = {}
+        self._asked: list[tuple[str, str]] = []  # by target: the name and version that were asked for
+        self._models: list[Model] = []  # by target: what they meant at last
+        self._counters: dict[tuple[str, str], RequestCounter] = {}
+
+    def connect(self, connection: socket.socket) -> None:
+        """Serve a front end.
+
+        Raises:
+            OSError: If there is no memory to share with it.
+        """
+        self._connections.add(Connection(self, connection, self.app.settings.slab_bytes))
+
+    def disconnected(self, connection: "Connection") -> None:
+        """Forget a front end that is gone."""
+        self._connections.discard(connection)
+
+    async def close(self) -> None:
+        """Let what is under way be answered, for a short time, and close all channels."""
+        tasks = {task for connection in self._connections for task in connection.tasks.values()}
+        if tasks:
+            await asyncio.wait(tasks, timeout=LAST_ANSWERS_S)
+        for connection in tuple(self._connections):
+            connection.close()
+
+    def look_up(self, name: str, version: str) -> Found:
+        """Find a model, and give the name and version that were asked for a number.
+
+        Raises:
+            UnknownModel: If there is no such name or version.
+            ModelNotReady: If it takes no requests now.
+        """
+        model = self.app.repository.get(name, version)
+        target = self._targets.get((name, version))
+        if target is None:
+            target = self._targets[name, version] = len(self._asked)
+            self._asked.append((name, version))
+            self._models.append(model)
+        elif self._models[target] is not model:
+            self._changed(target, model)
+        return Found(target, model.name, model.version, model.signature)
+
+    def model_of(self, target: int) -> Model:
+        """Return the model that a number means now; when that has changed, the front ends are told.
+
+        Raises:
+            UnknownModel: If it is there no more.
+            ModelNotReady: If it takes no requests any more.
+        """
+        try:
+            model = self.app.repository.get(*self._asked[target])
+        except SlipstreamError:
+            self._forget(target)
+            raise
+        if model is not self._models[target]:
+            self._changed(target, model)
+        return model
+
+    def counter_of(self, name: str, version: str) -> RequestCounter:
+        """Return the counter of a model version."""
+        counter = self._counters.get((name, version))
+        if counter is None:
+            counter = self._counters[name, version] = self.app.metrics.of_model(name, version)
+        return counter
+
+    def _changed(self, target: int, model: Model) -> None:
+        self._models[target] = model
+        self._forget(target)
+
+    def _forget(self, target: int) -> None:
+        for connection in self._connections:
+            connection.forget(target)
+
+
+class Connection:
+    """One front end.
+
+    Attributes:
+        tasks: Number of a request -> the task that answers it.
+    """
+
+    def __init__(self, engine: Engine, connection: socket.socket, slab_bytes: int) -> None:
+        self.tasks: dict[int, asyncio.Task[None]] = {}
+        self._engine, self._codecs = engine, engine.codecs
+        self._loop = asyncio.get_running_loop()
+        self._waiting: deque[tuple[int, int, Encoded]] = deque()  # answers for which there is no room yet
+        self._is_lost = False
+        self._channel = Channel(connection, slab_bytes, leases=True, received=self._receive, lost=self._lost)
+        self._channel.made_room = self._post_waiting
+
+    def forget(self, target: int) -> None:
+        """Tell the front end that a model has changed."""
+        self._channel.post(channel.FORGET, target)
+
+    def close(self) -> None:
+        """Cancel what is under way and close the channel."""
+        self._channel.close()
+        self._lost()
+
+    def _receive(self, kind: int, target: int, number: int, message: Buffer, head_bytes: int) -> None:
+        if kind == channel.INFER:
+            request = self._codecs.infer.decode(message, head_bytes)
+            self._start(number, self._infer(number, target, request))
+        elif kind == channel.FINISHED:
+            for name, version, code, seconds in self._codecs.finished.decode(message, head_bytes).requests:
+                self._engine.counter_of(name, version).request_finished(code, seconds)
+        elif kind == channel.CANCEL:
+            if (task := self.tasks.get(number)) is not None:
+                task.cancel()
+        elif kind == channel.LOOK_UP:
+            self._look_up(number, *self._codecs.look_up.decode(message, head_bytes))
+        elif kind == channel.HTTP:
+            asked = self._codecs.http.decode(message, head_bytes)
+            self._start(number, self._http(number, asked))
+
+    def _start(self, number: int, answering: Coroutine[Any, Any, None]) -> None:
+        self.tasks[number] = self._loop.create_task(answering)
+
+    async def _infer(self, number: int, target: int, request: InferRequest) -> None:
+        started_s = time.perf_counter()
+        model: Model | None = None
+        try:
+            model = self._engine.model_of(target)
+            cache = self._engine.app.cache
+            if cache is None:
+                inferred = Inferred(await model.infer(request), "miss")
+            else:
+                inferred = Inferred(*await cache.infer(model, request))
+            self._answer(channel.INFERRED, number, self._codecs.inferred.encode(inferred))
+        except asyncio.CancelledError:
+            if self._is_lost and model is not None:  # else the front end counts it
+                counter = self._engine.counter_of(model.name, model.version)
+                counter.request_finished(CANCELLED, time.perf_counter() - started_s)
+        except Exception as exc:  # noqa: BLE001  (the boundary where every error becomes an answer)
+            self._fail(number, exc)
+        finally:
+            del self.tasks[number]
+
+    async def _http(self, number: int, asked: HttpRequest) -> None:
+        exchange = _Exchange(asked)
+        try:
+            await self._engine.app(exchange.scope, exchange.receive, exchange.send)
+        except asyncio.CancelledError:
+            return
+        except Exception:  # noqa: BLE001  (the application has answered and raises for the log)
+            logger.exception("internal error")
+        finally:
+            del self.tasks[number]
+        if exchange.answer is None:
+            self._fail(number, SlipstreamError("internal error; see the server log"))
+        else:
+            self._answer(channel.ANSWER, number, self._codecs.http_answer.encode(exchange.answer))
+
+    def _look_up(self, number: int, name: str, version: str) -> None:
+        try:
+            found = self._engine.look_up(name, version)
+        except SlipstreamError as exc:
+            self._fail(number, exc)
+        else:
+            self._answer(channel.FOUND, number, self._codecs.found.encode(found))
+
+    def _fail(self, number: int, error: Exception) -> None:
+        if not isinstance(error, SlipstreamError):
+            logger.error("internal error", exc_info=error)
+            error = SlipstreamError("internal error; see the server log")
+        self._answer(channel.FAILURE, number, self._codecs.failure.encode(Failure.of(error)))
+
+    def _answer(self, kind: int, number: int, message: Encoded) -> None:
+        """Send an answer, in its turn: when those before it still wait for room, it waits behind them."""
+        if self._waiting or not self._channel.post(kind, 0, number, message):
+            self._waiting.append((kind, number, message))
+
+    def _post_waiting(self) -> None:
+        while self._waiting:
+            kind, number, message = self._waiting[0]
+            if not self._channel.post(kind, 0, number, message):
+                return
+            self._waiting.popleft()
+
+    def _lost(self) -> None:
+        self._is_lost = True
+        self._waiting.clear()
+        for task in self.tasks.values():
+            task.cancel()
+        self._engine.disconnected(self)
+
+
+class _Exchange:
+    """One HTTP request and its answer as ASGI sees them."""
+
+    def __init__(self, asked: HttpRequest) -> None:
+        self.scope: Scope = {
+            "type": "http",
+            "asgi": {"version": "3.0", "spec_version": "2.3"},
+            "http_version": asked.http_version,
+            "method": asked.method,
+            "scheme": asked.scheme,
+            "path": asked.path,
+            "raw_path": asked.raw_path,
+            "query_string": asked.query_string,
+            "root_path": "",
+            "headers": asked.headers,
+            "client": asked.client,
+            "server": asked.server,
+            "state": {},
+        }
+        self.answer: HttpAnswer | None = None
+        self._body: bytes | None = asked.body
+        self._status = 0
+        self._headers: list[tuple[bytes, bytes]] = []
+        self._parts: list[bytes] = []
+
+    async def receive(self) -> Message:
+        if self._body is None:
+            await asyncio.Event().wait()  # the client's departure cancels the request
+        body, self._body = self._body, None
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self._status, self._headers = message["status"], [(bytes(n), bytes(v)) for n, v in message["headers"]]
+        elif message["type"] == "http.response.body":
+            self._parts.append(bytes(message.get("body", b"")))
+            if not message.get("more_body", False):
+                self.answer = HttpAnswer(self._status, self._headers, b"".join(self._parts))
+
+
+class EngineProcess:
+    """The process around the engine: its orders, its start and its end."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._started: asyncio.Future[Engine] = asyncio.get_running_loop().create_future()
+        self._stop = asyncio.Event()
+        self._line = Line(connection, self._obey, partial(os._exit, 1))  # nobody is left who could say when to stop
+
+    async def run(self) -> None:
+        """Serve until told to stop."""
+        engine = await self._started
+        app = engine.app
+        async with app.router.lifespan_context(app):
+            await self._stop.wait()
+        await engine.close()
+        self._line.close()
+
+    def _obey(self, note: Note, files: list[int]) -> None:
+        if note.word == "serve":
+            self._start(settings_from_text(note.text))
+            return
+        engine = self._started.result()
+        if note.word == "connect":
+            engine.connect(socket.socket(fileno=files[0]))
+        elif note.word == "listening":
+            engine.app.listens_on(note.text, self._fail)
+            if engine.app.opening is not None:
+                engine.app.opening.add_done_callback(lambda _: self._line.send("opened"))
+        elif note.word == "drain":
+            engine.app.draining = True
+            self._line.send("draining")
+        elif note.word == "stop":
+            self._stop.set()
+
+    def _start(self, settings: Settings) -> None:
+        configure(settings.log_format, settings.log_level)
+        metrics = Metrics()
+        self._started.set_result(Engine(create_app(settings, Repository(settings, metrics), metrics)))
+
+    def _fail(self, error: BaseException) -> None:
+        text = str(error) if isinstance(error, SlipstreamError) else f"{type(error).__name__}: {error}"
+        self._line.send("failed", text)
+
+
+def main(line: int) -> None:
+    """Be the engine process.
+
+    Args:
+        line: Descriptor of the line to the supervisor.
+    """
+    for sig in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(sig, signal.SIG_IGN)  # the supervisor says when
+
+    async def run() -> None:
+        await EngineProcess(socket.socket(fileno=line)).run()
+
+    uvloop.run(run())

@@ -1,0 +1,83 @@
+"""Opening version folders in the background, so that the requests in service do not notice."""
+
+import asyncio
+import re
+from pathlib import Path
+
+from server.artifact import Artifact, read_artifact
+from server.background import Background
+from server.errors import Draining, StartupError
+from server.metrics import Metrics
+from server.model import Model
+from server.providers import CPU, Device, usable_cores, usable_devices
+from server.scheduler import Cores
+from server.settings import Settings
+
+_NAME = re.compile(r"[A-Za-z0-9._-]+")
+
+
+class Opener:
+    """Opens one version after the other.
+
+    Args:
+        settings: How to serve.
+        metrics: The process's metrics.
+
+    Attributes:
+        background: Where it works; comparisons of new versions take turns with it.
+        cores: What all opened models share.
+        is_stopping: Set it when nothing more may be opened.
+    """
+
+    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+        self._settings, self._metrics = settings, metrics
+        self._devices: tuple[Device, ...] = ()
+        self.background = Background()
+        self.cores = Cores(usable_cores())
+        self.is_stopping = False
+
+    async def find_devices(self) -> None:
+        """Find out which devices really work; before the first ``open``.
+
+        Raises:
+            ProviderUnavailable: If a GPU is required and none works.
+        """
+        self._devices = await asyncio.to_thread(usable_devices, self._settings.gpu)
+
+    async def open(self, folder: Path) -> Model:
+        """Read, verify, open and warm up a version; it is not started.
+
+        Raises:
+            StartupError: If it cannot be served.
+            OSError: If a file cannot be read.
+            Draining: If the server is stopping.
+        """
+        self._require_not_stopping()
+        artifact = await self.background.run(_read, folder)
+        self._require_not_stopping()
+        low_priority = self._has_no_threads(artifact)
+        model = await self.background.run(
+            _load, artifact, self._devices, self._settings, self._metrics, low=low_priority
+        )
+        if self.is_stopping:
+            model.close()
+        self._require_not_stopping()
+        return model
+
+    def _require_not_stopping(self) -> None:
+        if self.is_stopping:
+            raise Draining("the server is stopping; ask another replica")
+
+    def _has_no_threads(self, artifact: Artifact) -> bool:
+        # Threads of a session's pool, and those of a GPU driver, inherit the priority of the thread that opens it.
+        return self._devices == (CPU,) and all(variant.options.intra_op_threads == 1 for variant in artifact.variants)
+
+
+def _read(folder: Path) -> Artifact:
+    if not _NAME.fullmatch(folder.parent.name):
+        raise StartupError(f"the name {folder.parent.name!r} has characters other than letters, digits, '.', '_', '-'")
+    return read_artifact(folder)
+
+
+def _load(artifact: Artifact, devices: tuple[Device, ...], settings: Settings, metrics: Metrics) -> Model:
+    return Model.load(artifact, devices, settings, metrics)

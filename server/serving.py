@@ -1,0 +1,93 @@
+"""What the HTTP layer needs of what it serves, be that in the same process or behind a channel in another one."""
+
+from collections.abc import Callable
+from typing import Literal, Protocol, TypeVar
+
+from starlette.types import Receive, Scope, Send
+
+from server.settings import Settings
+from server.tensors import InferRequest, InferResponse, Signature
+
+How = Literal["hit", "shared", "miss"]
+"""Where a response came from: kept before, a run that an identical request had begun, a run of its own."""
+
+
+class Model(Protocol):
+    """One model version; ``server.model.Model`` or a model of the engine process."""
+
+    @property
+    def name(self) -> str:
+        """Name under which it is served."""
+
+    @property
+    def version(self) -> str:
+        """Its version, a number in decimal."""
+
+    @property
+    def signature(self) -> Signature:
+        """Its inputs and outputs."""
+
+    async def infer(self, request: InferRequest) -> InferResponse:
+        """Run one request; cancelling the call drops it if it has not begun to run."""
+
+
+ModelT_co = TypeVar("ModelT_co", bound=Model, covariant=True)
+ModelT_contra = TypeVar("ModelT_contra", bound=Model, contravariant=True)
+
+
+class Models(Protocol[ModelT_co]):
+    """Models by name and version."""
+
+    def get(self, name: str, version: str = "") -> ModelT_co:
+        """Return a model that takes requests; without a version, the default one.
+
+        Raises:
+            UnknownModel: If there is no such name or version.
+            ModelNotReady: If it takes no requests now.
+        """
+
+
+class Cache(Protocol[ModelT_contra]):
+    """Answers for models, with what it has kept if it can."""
+
+    async def infer(self, model: ModelT_contra, request: InferRequest) -> tuple[InferResponse, How]:
+        """Answer one request, and say where the answer came from."""
+
+
+class RequestCounter(Protocol):
+    """Counts the requests of one model version."""
+
+    def request_finished(self, code: str, seconds: float) -> None:
+        """Count one answer: ``ok`` or an error's code, and its time since arrival."""
+
+
+class RequestCounters(Protocol):
+    """Makes the counters of models."""
+
+    def of_model(self, name: str, version: str) -> RequestCounter:
+        """Return a counter for a model version."""
+
+
+class Application(Protocol):
+    """An ASGI application, as its listener sees it.
+
+    Attributes:
+        draining: Set when the server is about to stop: ``ready`` then answers 503 while requests are still served.
+    """
+
+    draining: bool
+
+    @property
+    def settings(self) -> Settings:
+        """What the server was told."""
+
+    def listens_on(self, url: str, fail: Callable[[BaseException], None]) -> None:
+        """Learn that connections are accepted.
+
+        Args:
+            url: Where.
+            fail: To be called, once, with the reason if there turns out to be nothing to serve.
+        """
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one ASGI scope."""

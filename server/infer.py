@@ -29,6 +29,8 @@ from server.wire import Decoded, Encoded, ReplyFormat, decode, encode
 # A request that waits longer gets a task that watches for its client's departure; such a task from the start would cost
 # 5 to 9 us per request on uvloop.
 WATCH_AFTER_S = 0.05
+# A version that was replaced answers for some seconds more what had found it.
+SLOW_BODY_S = 1.0
 CANCELLED = "cancelled"
 _Result = TypeVar("_Result")
 _Model = TypeVar("_Model", bound=Model)
@@ -68,7 +70,7 @@ class InferBranch(Generic[_Model]):
         try:
             if scope["method"] == "POST":
                 model = self._models.get(name, version)
-                answer = await self._infer(model, dict(scope["headers"]), receive, arrived_s)
+                answer = await self._infer(model, version, dict(scope["headers"]), receive, arrived_s)
             else:
                 answer = method_not_allowed("POST")
         except ClientLeft:
@@ -81,8 +83,12 @@ class InferBranch(Generic[_Model]):
         if answer is not None:
             await send_answer(send, answer)
 
-    async def _infer(self, model: _Model, headers: Mapping[bytes, bytes], receive: Receive, arrived_s: float) -> Answer:
+    async def _infer(
+        self, model: _Model, version: str, headers: Mapping[bytes, bytes], receive: Receive, arrived_s: float
+    ) -> Answer:
         body = await read_body(headers, receive, self._max_body_bytes, self._clock)
+        if time.perf_counter() - arrived_s > SLOW_BODY_S:
+            model = self._models.get(model.name, version)  # the one found before may have been replaced meanwhile
         decoded = await _decode(body, headers, model)
         request = _with_headers(decoded.request, headers)
         how: How = "miss"

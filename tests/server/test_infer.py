@@ -322,3 +322,16 @@ async def test_only_large_json_leaves_the_loop(
     assert exchange.status == 200
     loop_thread = threading.current_thread()
     assert (threads["decode"] is not loop_thread, threads["encode"] is not loop_thread) == (off_loop, off_loop)
+
+
+async def test_a_body_that_came_slowly_goes_to_the_version_that_serves_then(repository, monkeypatch):
+    monkeypatch.setattr(infer, "SLOW_BODY_S", -1.0)
+
+    class Slow(Exchange):
+        async def receive(self) -> dict[str, Any]:
+            repository.models["2"] = repository.models["1"]
+            return await super().receive()
+
+    exchange = await call(repository, Slow())
+    assert exchange.status == 200
+    assert len(repository.models["1"].requests) == 1

@@ -335,3 +335,16 @@ async def test_a_body_that_came_slowly_goes_to_the_version_that_serves_then(repo
     exchange = await call(repository, Slow())
     assert exchange.status == 200
     assert len(repository.models["1"].requests) == 1
+
+
+async def test_priority_and_client_come_from_headers(repository):
+    await call(repository, Exchange(headers={"slipstream-priority": "2", "slipstream-client": "team-a"}))
+    (request,) = repository.models["2"].requests
+    assert (request.priority, request.client) == (2, "team-a")
+
+
+@pytest.mark.parametrize("text", ["0", "10", "first", "-1"])
+async def test_a_priority_that_is_none_is_refused(repository, text):
+    exchange = await call(repository, Exchange(headers={"slipstream-priority": text}))
+    assert exchange.status == 400
+    assert b"it is 1 (first) to 9 (last)" in exchange.body

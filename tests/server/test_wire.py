@@ -375,3 +375,22 @@ def test_a_raw_request_is_the_bytes_of_the_only_input(
 def test_a_raw_request_that_does_not_fit_is_refused(spec: TensorSpec | None, body: bytes, text: str) -> None:
     with pytest.raises(MalformedRequest, match=text):
         decode(body, 0, spec)
+
+
+@pytest.mark.parametrize(("given", "seen"), [(1, 1), (9, 9), (0, 0)])
+def test_priority_is_read(given: int, seen: int):
+    message = {
+        "inputs": [{"name": "x", "shape": [1], "datatype": "FP32", "data": [1]}],
+        "parameters": {"priority": given},
+    }
+    assert decode(json.dumps(message).encode(), None, None).request.priority == seen
+
+
+@pytest.mark.parametrize("given", [10, -1])
+def test_priority_out_of_range_is_refused(given: int):
+    message = {
+        "inputs": [{"name": "x", "shape": [1], "datatype": "FP32", "data": [1]}],
+        "parameters": {"priority": given},
+    }
+    with pytest.raises(MalformedRequest, match=rf"priority {given}; it is 1 \(first\) to 9 \(last\)"):
+        decode(json.dumps(message).encode(), None, None)

@@ -7,6 +7,7 @@ import msgspec
 import numpy as np
 
 from optimizers.calibration import Samples, read_samples, split, synthetic_samples, why_no_proof
+from optimizers.decisions import require_outputs
 from optimizers.evidence import HeldOut, Runner, join, prove_batching, run_singly
 from optimizers.fidelity import decision_for
 from optimizers.isolation import SERVING, Form
@@ -81,9 +82,12 @@ def parts_of(recipe: Recipe, signature: Signature, data: Path | None, labels: Pa
 
     Raises:
         CalibrationError: If they do not fit the model.
+        RecipeError: If the recipe names the decision of an output that the model does not have.
     """
+    require_outputs(recipe.decisions, signature)
     counts = (recipe.calibration_samples, recipe.search_samples, recipe.holdout_samples)
-    digest = key_of("samples", place.source, place.inputs, counts, recipe.seed)
+    named = [sorted(recipe.decisions.items())] if recipe.decisions else []
+    digest = key_of("samples", place.source, place.inputs, counts, recipe.seed, *named)
     if data is None:
         made = synthetic_samples(signature, _SYNTHETIC_SAMPLES, recipe.seed)
         record = DataRecord("made up: no --calibration was given", made.count, 0, 0, made.count, False, "")
@@ -117,20 +121,27 @@ def ask(original: Form, signature: Signature, parts: Parts, recipe: Recipe, stor
         original: The model.
         signature: Its signature.
         parts: The samples.
-        recipe: The largest batch to prove.
+        recipe: The largest batch to prove, and the decisions that it names.
         store: Where the answers are kept.
         host: This machine.
 
     Raises:
         StartupError: If the original does not open.
         InferenceFailed: If it fails on a sample.
+        RecipeError: If the shape of an output does not allow the decision that the recipe names for it.
     """
     key = key_of("original", original.sha256, parts.digest, max(recipe.batch_rows), host.fingerprint)
     session = Session(original.model, CPU, SERVING)
+
+    def answered(samples: Samples, kept_as: str) -> HeldOut:
+        singles = tuple(samples.batch(index, 1) for index in range(samples.count))
+        reference = _known(store, kept_as) or _run(session, singles, store, kept_as, host.cores)
+        decision = decision_for(reference, samples.labels, recipe.decisions)
+        return HeldOut(singles, reference, decision, samples.labels)
+
     try:
-        held_out = _answered(session, parts.held_out, store, key_of(key, "held-out"), host.cores)
-        few = parts.search.count == 0
-        search = None if few else _answered(session, parts.search, store, key_of(key, "search"), host.cores)
+        held_out = answered(parts.held_out, key_of(key, "held-out"))
+        search = answered(parts.search, key_of(key, "search")) if parts.search.count else None
         known = store.read(key, _PROOF)
         if known is None:
             batching = prove_batching(session, signature, held_out, max(recipe.batch_rows), host.cores)
@@ -142,12 +153,6 @@ def ask(original: Form, signature: Signature, parts: Parts, recipe: Recipe, stor
     finally:
         session.close()
     return Original(held_out, search, proof.batching, proof.padding, golden)
-
-
-def _answered(session: Session, samples: Samples, store: Store, key: str, workers: int) -> HeldOut:
-    singles = tuple(samples.batch(index, 1) for index in range(samples.count))
-    reference = _known(store, key) or _run(session, singles, store, key, workers)
-    return HeldOut(singles, reference, decision_for(reference, samples.labels), samples.labels)
 
 
 def _known(store: Store, key: str) -> Tensors | None:

@@ -18,11 +18,11 @@ from rich.table import Table
 
 from optimizers import pipeline
 from optimizers.errors import OptimizerError
-from optimizers.fidelity import describe
-from optimizers.recipe import Compression, Objective, Precision, Recipe, Target, read_recipe
-from optimizers.report import REPORT_HTML, REPORT_JSON, CandidateRecord, Report, read_report
+from optimizers.fidelity import describe, describe_accuracy
+from optimizers.recipe import DECISIONS, Compression, Objective, Precision, Recipe, Target, read_recipe
+from optimizers.report import ORIGINAL, REPORT_HTML, REPORT_JSON, UNTOUCHED, CandidateRecord, Report, read_report
 from optimizers.request import OptimizeRequest
-from server.artifact import Artifact, Variant, read_artifact, read_golden
+from server.artifact import Artifact, Fidelity, Variant, read_artifact, read_golden
 from server.errors import SlipstreamError, StartupError
 from server.golden import require_golden
 from server.host import read_host
@@ -31,6 +31,7 @@ from server.session import Session
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _DECIDING_ROWS = (1, 8)
+_TABLE_COLUMNS = 120  # more than any table has: a number that is cut says nothing
 
 
 def _reports_errors(command: Callable[..., None]) -> Callable[..., None]:
@@ -62,6 +63,16 @@ def _listed(_context: click.Context, parameter: click.Parameter, value: str | No
     return wanted
 
 
+def _decisions(_context: click.Context, _parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, str] | None:
+    found = {}
+    for value in values:
+        output, _, kind = value.rpartition("=")
+        if not output or kind not in DECISIONS:
+            raise click.BadParameter(f"{value!r}; it is OUTPUT=KIND, a kind is one of {', '.join(DECISIONS)}")
+        found[output] = kind
+    return found or None
+
+
 def _seconds(_context: click.Context, _parameter: click.Parameter, value: float) -> float:
     if not 0 <= value < math.inf:  # which click.FloatRange cannot say: it lets NaN through
         raise click.BadParameter(f"{value:g}; it is a number of seconds, at least 0")
@@ -86,6 +97,14 @@ def _seconds(_context: click.Context, _parameter: click.Parameter, value: float)
 )
 @click.option("--portable", is_flag=True, default=None, help="No variant that opens on this kind of CPU only.")
 @click.option("--objective", type=click.Choice(get_args(Objective)), help="What counts.  [default: latency]")
+@click.option(
+    "--decision",
+    "decisions",
+    multiple=True,
+    callback=_decisions,
+    metavar="OUTPUT=KIND",
+    help=f"How two answers of an output are compared: {', '.join(DECISIONS)}. May be repeated.  [default: by shape]",
+)
 @click.option("--slo-ms", type=float, help="Wanted p99 of a run: a variant and its batches stay within it.")
 @click.option("--evaluator", default="", help="MODULE:FUNCTION(outputs, labels) -> metric, higher is better.")
 @click.option("--recipe", "recipe_file", type=_FILE, help="RECIPE.toml; options given here win over it.")
@@ -221,11 +240,12 @@ def _print_result(artifact: Artifact, *, is_new: bool, as_json: bool) -> None:
     if as_json:
         click.echo((artifact.folder / REPORT_JSON).read_bytes(), nl=False)
         return
-    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console = Console(highlight=False, markup=False, soft_wrap=True, width=_TABLE_COLUMNS)
     console.print(_table(report))
     for record in report.candidates:
-        evidence = f"; {describe(record.fidelity)}" if record.fidelity is not None else ""
-        console.print(f"{record.name} is {record.verdict}: {record.reason}{evidence}")
+        found = record.fidelity
+        evidence = (describe(found), describe_accuracy(found)) if found is not None else ()
+        console.print(f"{record.name} is {record.verdict}: {'; '.join(filter(None, (record.reason, *evidence)))}")
         if record.verdict == "served" and record.passes:
             console.print(f"    made by {' > '.join(record.passes)}")
     console.print(f"\n{report.headline}")
@@ -238,18 +258,40 @@ def _print_result(artifact: Artifact, *, is_new: bool, as_json: bool) -> None:
 
 def _table(report: Report) -> Table:
     table = Table(title=f"{report.name}/{report.version}", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
-    numbers = ("MB", "agree", "dB", *(f"ms at {rows}" for rows in _DECIDING_ROWS))
+    accuracies = _accuracies(report)
+    metric = ("acc",) if accuracies else ()
+    numbers = ("MB", "agree", "dB", *metric, *(f"ms at {rows}" for rows in _DECIDING_ROWS))
     for column in ("variant", "verdict", *numbers):
         table.add_column(column, justify="right" if column in numbers else "left", no_wrap=True)
     for record in report.candidates:
-        table.add_row(*_cells(record))
+        accuracy = (accuracies.get(record.name, ""),) if accuracies else ()
+        table.add_row(*_cells(record, accuracy))
     return table
 
 
-def _cells(record: CandidateRecord) -> tuple[str, ...]:
-    fidelity, latency, mark = record.fidelity, record.latency, ""
-    if fidelity is None and record.search_fidelity is not None:
-        fidelity, mark = record.search_fidelity, "~"  # on the search samples only
+def _evidence(record: CandidateRecord) -> tuple[Fidelity | None, str]:
+    """Return a candidate's evidence, and the mark of one on the search samples only."""
+    if record.fidelity is None and record.search_fidelity is not None:
+        return record.search_fidelity, "~"
+    return record.fidelity, ""
+
+
+def _accuracies(report: Report) -> dict[str, str]:
+    """Return the accuracy, or the user's metric, of each candidate and of the untouched file; empty without any."""
+    found: dict[str, str] = {}
+    for record in sorted(report.candidates, key=lambda record: record.fidelity is None):
+        fidelity, mark = _evidence(record)
+        if fidelity is None or fidelity.accuracy is None:
+            continue
+        found[record.name] = f"{mark}{fidelity.accuracy:.3f}"
+        for untouched in (ORIGINAL, UNTOUCHED):
+            found.setdefault(untouched, f"{mark}{fidelity.accuracy_original:.3f}")
+    return found
+
+
+def _cells(record: CandidateRecord, accuracy: tuple[str, ...]) -> tuple[str, ...]:
+    fidelity, mark = _evidence(record)
+    latency = record.latency
     times = dict(zip(latency.rows, latency.p50_ms, strict=True)) if latency is not None else {}
     return (
         record.name,
@@ -257,5 +299,6 @@ def _cells(record: CandidateRecord) -> tuple[str, ...]:
         f"{record.size_bytes / 1e6:.3g}" if record.size_bytes else "",
         f"{mark}{fidelity.agreement:.3f}" if fidelity is not None else "",
         f"{mark}{fidelity.sqnr_db:.0f}" if fidelity is not None else "",
+        *accuracy,
         *(f"{times[rows]:.3g}" if rows in times else "" for rows in _DECIDING_ROWS),
     )

@@ -8,15 +8,19 @@
 * ``nearest_neighbour``: embeddings, that is rows of unit norm; the nearest other held-out sample by cosine.
 * ``tokens``, ``pixels``, ``maps``, ``near``: outputs with a position axis, see ``dense``.
 * ``close``: everything else; every element within 1 % of the original's scale.
+
+A recipe may name the decision of outputs instead. Then these outputs decide, all of them, and no other one; they are
+not asked what they look like, only whether their shape allows it. Such a decision is written ``top1 of logits``, with
+``; `` between several.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
 from optimizers import dense
-from optimizers.errors import PassFailed
+from optimizers.errors import PassFailed, RecipeError
 from optimizers.outputs import (
     are_shares,
     embedding_name,
@@ -27,7 +31,8 @@ from optimizers.outputs import (
     rows_of,
     scores_name,
 )
-from server.tensors import Array, Tensors
+from optimizers.recipe import DECISIONS
+from server.tensors import Array, Signature, Tensors
 
 CLOSE_RTOL = 1e-2
 LEAST_NEIGHBOURS = 3
@@ -35,15 +40,22 @@ LEAST_NEIGHBOURS = 3
 
 _TIE = 1e-6
 _CLEAR = 0.1
+_OF, _NEXT = " of ", "; "
 
 
-def decision_for(reference: Tensors, labels: Array | None = None) -> str:
+def decision_for(reference: Tensors, labels: Array | None = None, named: Mapping[str, str] | None = None) -> str:
     """Tell which decision the original's outputs take.
 
     Args:
         reference: Name -> the original's output, axis 0 = samples, in the order of the signature.
         labels: Integer class per sample; they only tell a binary classifier from a regression.
+        named: Output -> kind of decision, from the recipe; only where it is empty the outputs are asked.
+
+    Raises:
+        RecipeError: If an output is named that does not exist or whose shape does not allow its kind.
     """
+    if named:
+        return _named_decision(reference, named)
     if scores_name(reference) is not None:
         return "top1"
     embedding = embedding_name(reference)
@@ -92,12 +104,15 @@ def agreements(reference: Tensors, candidate: Tensors, decision: str) -> Array:
     Raises:
         PassFailed: If the outputs do not allow this decision.
     """
+    named = _parts(decision)
+    if named:
+        return np.asarray(np.all([_output_agrees(reference, candidate, *part) for part in named.items()], axis=0))
     if decision == "top1":
         return _same_top1(reference, candidate)
     if decision == "binary":
         return np.asarray(sides_of(reference, reference) == sides_of(candidate, reference))
     if decision == "nearest_neighbour":
-        name = _require(embedding_name(reference), "embeddings of unit norm")
+        name = _require(embedding_name(reference) or first_of_rank(reference, 2), "embeddings")
         return _same_neighbours(reference[name], candidate[name])
     if decision == "tokens":
         name = _require(dense.tokens_name(reference) or first_of_rank(reference, 3), "class scores per token")
@@ -109,6 +124,41 @@ def agreements(reference: Tensors, candidate: Tensors, decision: str) -> Array:
         name = _require(dense.map_name(reference) or first_of_rank(reference, 3, 4), "a map")
         return dense.same_peaks(reference, candidate, name)
     return _all_rows(reference, candidate, dense.near_rows if decision == "near" else _close_rows)
+
+
+def require_outputs(named: Mapping[str, str], signature: Signature) -> None:
+    """Check that a recipe names the decision of outputs that exist.
+
+    Args:
+        named: Output -> kind of decision.
+        signature: The model's.
+
+    Raises:
+        RecipeError: If one does not exist, with the outputs and the kinds.
+    """
+    outputs = [spec.name for spec in signature.outputs]
+    for name, kind in named.items():
+        if name not in outputs:
+            raise RecipeError(
+                f"the decision '{kind}' is for an output '{name}', which the model does not have; "
+                f"its outputs are {', '.join(outputs)}; kinds of decisions are {', '.join(DECISIONS)}"
+            )
+
+
+def class_part(reference: Tensors, decision: str) -> tuple[Tensors, str]:
+    """Return the outputs that decide about classes and the plain kind of their decision.
+
+    Args:
+        reference: Name -> the original's output.
+        decision: From ``decision_for``.
+
+    Returns:
+        Of a decision that names its outputs the first one for a class; any other decision as it is.
+    """
+    for name, kind in _parts(decision).items():
+        if kind in ("top1", "binary"):
+            return {name: reference[name]}, kind
+    return reference, decision
 
 
 def sides_of(outputs: Tensors, reference: Tensors) -> Array:
@@ -141,6 +191,7 @@ def classes_of(outputs: Tensors, reference: Tensors, decision: str) -> Array | N
         reference: The original's outputs, which tell where the decision is.
         decision: From ``decision_for``.
     """
+    reference, decision = class_part(reference, decision)
     if decision == "binary":
         return sides_of(outputs, reference).astype(np.int64)
     if decision != "top1":
@@ -150,6 +201,46 @@ def classes_of(outputs: Tensors, reference: Tensors, decision: str) -> Array | N
     if label is not None:
         return outputs[label]
     return None if scores is None else outputs[scores].argmax(axis=-1)
+
+
+def _named_decision(reference: Tensors, named: Mapping[str, str]) -> str:
+    """Write a named decision, in the order of the signature."""
+    for name, kind in named.items():
+        fitting = _kinds_of(reference[name]) if name in reference else []
+        if kind not in fitting:
+            seen = [f"{n} {list(array.shape)}: {', '.join(_kinds_of(array))}" for n, array in reference.items()]
+            raise RecipeError(
+                f"the decision '{kind}' does not fit the output '{name}'; "
+                f"outputs [samples, ...] and the kinds that fit are {'; '.join(seen)}"
+            )
+    return _NEXT.join(f"{named[name]}{_OF}{name}" for name in reference if name in named)
+
+
+def _parts(decision: str) -> dict[str, str]:
+    """Return output -> kind of a named decision; nothing of any other."""
+    pairs = [part.partition(_OF) for part in decision.split(_NEXT)]
+    return {name: kind for kind, of, name in pairs if of}
+
+
+def _kinds_of(array: Array) -> list[str]:
+    """Return the kinds of decisions that the shape of an output ``[samples, ...]`` allows."""
+    shape, is_float = array.shape[1:], array.dtype.kind == "f"
+    several = is_float and bool(shape) and shape[0] >= 2
+    allowed = {
+        "top1": several and len(shape) == 1 if is_float else not shape,
+        "binary": is_float and shape in ((), (1,)),
+        "nearest_neighbour": several and len(shape) == 1,
+        "tokens": is_float and len(shape) == 2 and shape[1] >= 2,
+        "pixels": several and len(shape) == 3,
+        "maps": is_float and len(shape) in (2, 3),
+    }
+    return [kind for kind in DECISIONS if allowed.get(kind, True)]
+
+
+def _output_agrees(reference: Tensors, candidate: Tensors, name: str, kind: str) -> Array:
+    if kind == "maps":  # what lies at the peaks is in the other outputs
+        return dense.same_peaks(reference, candidate, name)
+    return agreements({name: reference[name]}, {name: candidate[name]}, kind)
 
 
 def _decision_of_positions(reference: Tensors) -> str:

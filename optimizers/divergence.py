@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from optimizers.decisions import binary_name, top1_name
+from optimizers.decisions import binary_name, class_part, top1_name
 from optimizers.outputs import are_probabilities, are_shares
 from server.tensors import Array, Tensors
 
@@ -22,6 +22,7 @@ def top5_agreement(reference: Tensors, candidate: Tensors, decision: str) -> flo
     Returns:
         0 to 1; ``None`` without scores of more than five classes.
     """
+    reference, decision = class_part(reference, decision)
     name = top1_name(reference) if decision == "top1" else None
     if name is None or reference[name].shape[1] <= TOP:
         return None
@@ -46,6 +47,7 @@ def divergence(reference: Tensors, candidate: Tensors, decision: str) -> float |
     Returns:
         Nats, at least 0; ``None`` without class scores.
     """
+    reference, decision = class_part(reference, decision)
     name = top1_name(reference) if decision == "top1" else binary_name(reference) if decision == "binary" else None
     if name is None or not np.isfinite(reference[name]).all():
         return None

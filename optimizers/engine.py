@@ -119,14 +119,6 @@ def build_engine(
     return EngineBuild(flavour, trt.__version__, capabilities, len(content), seconds)
 
 
-def available_flavour() -> Flavour | None:
-    """Return the builder that ``auto`` takes, or ``None`` when none is installed."""
-    try:
-        return _import_builder("auto")[0]
-    except EngineBuildError:
-        return None
-
-
 def _import_builder(flavour: Flavour | Literal["auto"]) -> tuple[Flavour, Any]:
     """Import a builder; their libraries have hundreds of megabytes, so this happens on the first build."""
     wanted: tuple[Flavour, ...] = ("tensorrt", "tensorrt-rtx") if flavour == "auto" else (flavour,)

@@ -2,18 +2,27 @@
 
 ``function(outputs, labels)`` takes a dict of output name -> array (axis 0 = samples, not to be written to; positions
 that a mask hides are zero) and the labels, INT64 ``[samples]``, or ``None``. It returns one finite number, higher is
-better, and the same one for the same outputs.
+better, and the same one for the same outputs. It is also called on resamples, for the interval of a difference.
 """
 
 import importlib
 import math
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
+
 from optimizers.errors import CalibrationError
 from server.tensors import Array, Tensors
+
+MOST_RESAMPLES = 1000
+LEAST_RESAMPLES = 100
+"""Fewer say too little about the outermost fortieth, where an interval of 95 % ends."""
+
+_RESAMPLING_S = 0.5
 
 Evaluate = Callable[[Tensors, Array | None], float]
 """Outputs and labels -> a metric, higher is better."""
@@ -63,6 +72,36 @@ def evaluated(evaluate: Evaluate, outputs: Tensors, labels: Array | None) -> flo
     if not math.isfinite(number):
         raise CalibrationError(f"the evaluator {name} returned {number}; it must return a finite number")
     return number
+
+
+def difference_low(evaluate: Evaluate, reference: Tensors, candidate: Tensors, labels: Array | None) -> float | None:
+    """Return the lower end of the 95 % interval of the candidate's metric minus the original's, by paired bootstrap.
+
+    As many resamples are drawn as half a second allows, at most 1000; each is the same samples for both.
+
+    Args:
+        evaluate: The user's function.
+        reference: Name -> the original's output, axis 0 = samples, at least one.
+        candidate: The candidate's.
+        labels: Integer class per sample.
+
+    Returns:
+        ``None`` when a resample gives no number (one class is missing, for instance), or when fewer than 100 resamples
+        fit into the time.
+    """
+    samples = len(next(iter(reference.values())))
+    rng, end_s = np.random.default_rng(0), time.monotonic() + _RESAMPLING_S
+    differences: list[float] = []
+    while len(differences) < MOST_RESAMPLES and time.monotonic() < end_s:
+        drawn = rng.integers(0, samples, samples)
+        expected = None if labels is None else labels[drawn]
+        sides = ({name: array[drawn] for name, array in side.items()} for side in (reference, candidate))
+        try:
+            before, after = (evaluated(evaluate, side, expected) for side in sides)
+        except CalibrationError:
+            return None
+        differences.append(after - before)
+    return float(np.quantile(differences, 0.025)) if len(differences) >= LEAST_RESAMPLES else None
 
 
 @contextmanager

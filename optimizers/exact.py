@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Sequence
 
+import msgspec
+
 from optimizers.building import Built, Chain, Line
 from optimizers.isolation import Form
 from optimizers.measurement import Comparison, RacePlan
@@ -30,23 +32,31 @@ def build_exact(
         seed: Of the races.
         observe: Told the current pass and the share done.
     """
-    chain: Chain = ()
-    form = line.original
+    best = _entrant(line, (), line.original)
     for number, step in enumerate(steps):
         observe(f"pass {label_of(step)}", number / len(steps))
-        made, finding = line.apply(chain, form, step)
+        made, finding = line.apply(best.chain, best.form, step)
         if finding.failure or not finding.changed:
             continue
+        after = _entrant(line, (*best.chain, step), made)
         try:
-            speed = _compare(track, line, (chain, form), ((*chain, step), made), seed)
+            speed = _compare(track, best, after, seed)
         except SlipstreamError as exc:
-            line.annotate(step, chain, (), f"does not run: {exc}", status="refused")
+            line.annotate(step, best.chain, (), f"does not run: {exc}", status="refused")
+            track.leave(after)
             continue
         kept = _is_kept(step, speed)
-        line.annotate(step, chain, tuple(Speed.of(c) for c in speed), _left_out(speed) if not kept else "")
-        if kept:
-            chain, form = (*chain, step), made
-    return Built(FUSED, "fp32", "cpu", exact=True, form=form, chain=chain)
+        line.annotate(step, best.chain, tuple(Speed.of(c) for c in speed), _left_out(speed) if not kept else "")
+        track.leave(best if kept else after)
+        best = after if kept else best
+    track.leave(best)  # from here on it goes by its own name
+    return msgspec.structs.replace(best, name=FUSED)
+
+
+def _entrant(line: Line, chain: Chain, form: Form) -> Built:
+    """Name a form by the passes that made it; forms of other runs are told apart by the original."""
+    made_by = " > ".join(label_of(step) for step in chain) or line.original.sha256[:8]
+    return Built(f"after {made_by}", "fp32", "cpu", exact=True, form=form, chain=chain)
 
 
 def _is_kept(step: Pass, speed: Sequence[Comparison]) -> bool:
@@ -55,14 +65,9 @@ def _is_kept(step: Pass, speed: Sequence[Comparison]) -> bool:
     return step.spec.name in PREPARING or speed_of(speed) != "slower"
 
 
-def _compare(
-    track: Track, line: Line, before: tuple[Chain, Form], after: tuple[Chain, Form], seed: int
-) -> tuple[Comparison, ...]:
+def _compare(track: Track, before: Built, after: Built, seed: int) -> tuple[Comparison, ...]:
     """Race a pass's result against its input."""
-    names = []
-    for chain, form in (before, after):
-        name = " > ".join(label_of(step) for step in chain) or line.original.sha256[:8]
-        names.append(track.enter(Built(f"after {name}", "fp32", "cpu", exact=True, form=form, chain=chain)))
+    names = [track.enter(before), track.enter(after)]
     rows = deciding_rows(tuple(track.batches))
     plan = RacePlan(budget_s=_RACE_S, min_rounds=9, least_rounds=7, max_rounds=25, seed=seed)
     raced = track.race(names, rows, plan, lambda _: None)

@@ -15,7 +15,7 @@ import numpy as np
 from optimizers.decisions import CLOSE_RTOL, LEAST_NEIGHBOURS, agreements, classes_of, decision_for
 from optimizers.divergence import divergence, top5_agreement
 from optimizers.errors import CalibrationError, PassFailed
-from optimizers.evaluator import Evaluate, evaluated
+from optimizers.evaluator import Evaluate, difference_low, evaluated
 from optimizers.intervals import change_interval, mean_interval, paired_drop, samples_needed, wilson
 from optimizers.outputs import float_names, rows_of
 from optimizers.slices import worst_slice
@@ -31,6 +31,7 @@ __all__ = [
     "compare",
     "decision_for",
     "describe",
+    "describe_accuracy",
     "improves",
     "promise",
     "wilson",
@@ -119,6 +120,7 @@ def worse(first: Fidelity, second: Fidelity) -> Fidelity:
         worst_slice=min(parts, key=lambda part: (part.agreement, part.agreement_low), default=None),
         cosine_low=_least(first.cosine_low, second.cosine_low),
         accuracy_drop_high=_most(first.accuracy_drop_high, second.accuracy_drop_high),
+        accuracy_difference_low=_least(first.accuracy_difference_low, second.accuracy_difference_low),
     )
 
 
@@ -160,6 +162,15 @@ def describe(fidelity: Fidelity) -> str:
         low = fidelity.agreement_low
         return f"agreement {fidelity.agreement:.3f} ({misses} of {n} differ, 95 % lower bound {low:.3f})"
     return f"agreement 1.000 (0 of {n} differ: at most 3/{n} = {3 / n:.1%} do, with 95 % confidence)"
+
+
+def describe_accuracy(fidelity: Fidelity) -> str:
+    """Say the accuracy, or the user's metric, beside the original's, in one phrase; nothing where there is none."""
+    own, original, low = fidelity.accuracy, fidelity.accuracy_original, fidelity.accuracy_difference_low
+    if own is None or original is None:
+        return ""
+    bound = f", 95 % lower bound {low:+.3f}" if low is not None else ""
+    return f"accuracy {own:.3f}, the original's {original:.3f} (difference {own - original:+.3f}{bound})"
 
 
 def promise(proof: Fidelity | int, min_agreement: float) -> str:
@@ -215,7 +226,8 @@ def _with_metric(
         own = evaluated(evaluate, candidate, labels)
     except CalibrationError as exc:
         raise PassFailed(f"on the candidate's outputs {exc}") from exc
-    return msgspec.structs.replace(found, accuracy=own, accuracy_original=original)
+    low = difference_low(evaluate, reference, candidate, labels)
+    return msgspec.structs.replace(found, accuracy=own, accuracy_original=original, accuracy_difference_low=low)
 
 
 def _with_accuracy(found: Fidelity, reference: Tensors, candidate: Tensors, labels: Array) -> Fidelity:
@@ -229,6 +241,7 @@ def _with_accuracy(found: Fidelity, reference: Tensors, candidate: Tensors, labe
         accuracy=float(still.mean()),
         accuracy_original=float(right.mean()),
         accuracy_drop_high=paired_drop(right, still)[1],
+        accuracy_difference_low=mean_interval(still.astype(np.float64) - right)[0],
     )
 
 

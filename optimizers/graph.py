@@ -3,11 +3,12 @@
 import tempfile
 from collections import Counter
 from collections.abc import Container, Iterator
+from os import SEEK_CUR
 from pathlib import Path
 
 import numpy as np
 import onnx
-from google.protobuf.message import DecodeError, EncodeError  # type: ignore[import-untyped]
+from google.protobuf.message import DecodeError, EncodeError, Message  # type: ignore[import-untyped]
 from onnx import helper
 
 from optimizers.errors import ModelError
@@ -26,6 +27,8 @@ IR_PORTABLE = 10
 STANDARD_DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml"})
 """Domains that every runtime implements; others bind a model to one runtime."""
 
+_LEAST_OUTSIDE_BYTES = 1024
+_PAGE_BYTES = 4096  # sessions map weights that begin at a page
 _LARGEST_FILE_BYTES = 2_000_000_000  # a protocol buffer ends at 2 GiB; weights of larger models go into a second file
 
 
@@ -78,11 +81,9 @@ def save_model(model: onnx.ModelProto, path: Path) -> None:
             if weight_bytes(model) < _LARGEST_FILE_BYTES:
                 draft.write_bytes(model.SerializeToString(deterministic=True))
             else:
-                twin = onnx.ModelProto()
-                twin.CopyFrom(model)  # saving moves the weights out of the model that it is given
-                data = f"{path.name}.data"
-                onnx.save_model(twin, draft, save_as_external_data=True, location=data)
-                (Path(folder) / data).replace(path.parent / data)
+                data = draft.with_name(f"{path.name}.data")
+                draft.write_bytes(_without_weights(model, data).SerializeToString(deterministic=True))
+                data.replace(path.parent / data.name)
         except (OSError, ValueError, EncodeError) as exc:
             raise ModelError(f"cannot write {path}: {exc}") from exc
         draft.replace(path)
@@ -184,6 +185,42 @@ def free_name(wish: str, taken: Container[str]) -> str:
 def weight_bytes(model: onnx.ModelProto) -> int:
     """Return the size of all tensors in the file, which is nearly that of the model."""
     return sum(len(tensor.raw_data) or tensor.ByteSize() for tensor in tensors_of(model))
+
+
+def _without_weights(model: onnx.ModelProto, data: Path) -> onnx.ModelProto:
+    """Write the large weights of the main graph into a file; return a copy of the model that refers to it.
+
+    onnx's own way needs a copy of all weights, since it moves them out of the model that it is given.
+    """
+    light = onnx.ModelProto()
+    _copy_fields(model, light, "graph")
+    _copy_fields(model.graph, light.graph, "initializer")
+    with data.open("wb") as file:
+        for tensor in model.graph.initializer:
+            content = tensor.raw_data
+            if len(content) < _LEAST_OUTSIDE_BYTES:
+                light.graph.initializer.append(tensor)
+                continue
+            file.seek(-file.tell() % _PAGE_BYTES, SEEK_CUR)
+            stub = light.graph.initializer.add()
+            _copy_fields(tensor, stub, "raw_data")
+            stub.data_location = onnx.TensorProto.EXTERNAL
+            place = {"location": data.name, "offset": file.tell(), "length": file.write(content)}
+            for key, value in place.items():
+                stub.external_data.add(key=key, value=str(value))
+    return light
+
+
+def _copy_fields(source: Message, target: Message, left_out: str) -> None:
+    for field, value in source.ListFields():
+        if field.name == left_out:
+            continue
+        if field.is_repeated:
+            getattr(target, field.name).extend(value)
+        elif field.message_type is not None:
+            getattr(target, field.name).CopyFrom(value)
+        else:
+            setattr(target, field.name, value)
 
 
 def _spec(value: onnx.ValueInfoProto) -> TensorSpec:

@@ -4,7 +4,8 @@ The child loads the model, runs the pass, requires its result to be as near to i
 and compares it, opened as the server opens it, with the original's outputs on a few samples. Parent and child share a
 folder: what a job needs goes in as files, a ``Finding`` comes back as JSON and the new model as a file. A child that
 crashes, runs too long or takes too much memory is ended and its pass refused; nothing of it survives. What a child
-answered is kept in a store, and the same job is not run again.
+answered is kept in a store, and the same job is not run again. How long a pass took on these samples is kept as well:
+it is not started when the time budget is known not to suffice.
 """
 
 import pickle
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import msgspec
 
+from optimizers.budget import SPENT, Budget
 from optimizers.errors import PassFailed
 from optimizers.evidence import run_singly
 from optimizers.fidelity import worst_sqnr_db
@@ -35,6 +37,7 @@ SERVING = SessionOptions(intra_op_threads=1, spinning=False, graph_level="all")
 """How candidates are opened, as the server does: one thread, which never spins."""
 
 _JOB, _FINDING, _RESULT = "job.pickle", "finding.json", "model.onnx"
+_SECONDS = "seconds.json"
 
 
 class Probe(msgspec.Struct, frozen=True):
@@ -104,6 +107,7 @@ class Workshop(msgspec.Struct, frozen=True):
         inputs: Digest of everything that calibration and probe come from.
         timeout_s: Seconds after which a pass is stopped.
         memory_bytes: Resident memory at which a pass is stopped; 0 means no limit.
+        budget: The time of the run, which stops a pass as well.
     """
 
     store: Store
@@ -113,6 +117,7 @@ class Workshop(msgspec.Struct, frozen=True):
     inputs: str = ""
     timeout_s: float = 600.0
     memory_bytes: int = 0
+    budget: Budget = msgspec.field(default_factory=Budget)
 
 
 class _Job(msgspec.Struct, frozen=True):
@@ -138,14 +143,16 @@ def run_isolated(step: Pass, form: Form, workshop: Workshop) -> Finding:
     key = _key(step, form, workshop)
     if (place := workshop.store.find(key)) is not None:
         return msgspec.structs.replace(_read(place), cached=True)
+    refusal = workshop.budget.refusal(_usual_s(step, workshop))
+    if refusal:
+        return Finding(failure=refusal, options=form.options)
     folder = workshop.store.draft()
     context = msgspec.structs.replace(workshop.context, work=folder, reference=form.reference or form.model)
     (folder / _JOB).write_bytes(pickle.dumps(_Job(step, form, context, workshop.probe)))
     start = time.monotonic()
-    failure = workshop.nursery.run(folder, workshop.timeout_s, workshop.memory_bytes)
+    failure = _run(folder, workshop)
     seconds = time.monotonic() - start
-    if not failure and not (folder / _FINDING).is_file():
-        failure = "its process ended with status 0 and no result"
+    _remember(step, workshop, seconds)
     if failure:
         return Finding(failure=failure, options=form.options, seconds=seconds)  # not kept: it may go well next time
     (folder / _JOB).unlink()
@@ -169,6 +176,32 @@ def main(folder: str) -> None:
         reason = f"{type(exc).__name__}: {text[0] if text else 'no message'}"
         finding = Finding(failure=reason, options=job.form.options)
     (place / _FINDING).write_bytes(msgspec.json.encode(finding))
+
+
+def _run(folder: Path, workshop: Workshop) -> str:
+    """Run the job in a folder within the limits of time and memory; return why there is no finding, if so."""
+    left_s = workshop.budget.left_s()
+    failure = workshop.nursery.run(folder, min(workshop.timeout_s, left_s), workshop.memory_bytes)
+    if failure and left_s < workshop.timeout_s and workshop.budget.left_s() <= 0:
+        return f"stopped after {left_s:.0f} s: {SPENT}"
+    if not failure and not (folder / _FINDING).is_file():
+        return "its process ended with status 0 and no result"
+    return failure
+
+
+def _usual_s(step: Pass, workshop: Workshop) -> float:
+    """Return how long a pass last took, or for how long it ran until it was stopped; 0 when it never ran."""
+    known = workshop.store.read(_time_key(step, workshop), _SECONDS)
+    return msgspec.json.decode(known, type=float) if known is not None else 0.0
+
+
+def _remember(step: Pass, workshop: Workshop, seconds: float) -> None:
+    workshop.store.write(_time_key(step, workshop), _SECONDS, msgspec.json.encode(seconds))
+
+
+def _time_key(step: Pass, workshop: Workshop) -> str:
+    """Name what the time of a pass follows from, whatever the passes before it: model, samples, host."""
+    return key_of("seconds", settings_of(step), step.spec.version, workshop.inputs, workshop.context.host.fingerprint)
 
 
 def _key(step: Pass, form: Form, workshop: Workshop) -> str:

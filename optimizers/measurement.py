@@ -34,6 +34,7 @@ METHOD = 2
 
 _Z95 = 1.959964
 _LONG_RUN_S = 0.1
+_MOST_DIGITS = 6
 
 
 class Runner(Protocol):
@@ -101,7 +102,7 @@ class Comparison(msgspec.Struct, frozen=True):
         return "slower" if self.high < 1 else "indistinguishable"
 
     def __str__(self) -> str:
-        return f"{self.speedup:.2f}x ({self.low:.2f}-{self.high:.2f}) at batch {self.rows}"
+        return f"{self.speedup:.2f}x ({bound_text(self.low)}-{bound_text(self.high)}) at batch {self.rows}"
 
 
 class Race(msgspec.Struct, frozen=True):
@@ -192,6 +193,12 @@ def median_interval(ordered: Sequence[float]) -> tuple[float, float]:
     half = _Z95 * math.sqrt(n) / 2
     low = max(math.floor((n - 1) / 2 - half), 0)
     return float(ordered[low]), float(ordered[n - 1 - low])
+
+
+def bound_text(ratio: float) -> str:
+    """Write an end of an interval of ratios: two digits, or as many as it takes to see on which side of 1 it lies."""
+    digits = next((n for n in range(2, _MOST_DIGITS) if f"{ratio:.{n}f}" != f"{1:.{n}f}"), _MOST_DIGITS)
+    return "1.00" if ratio == 1 else f"{ratio:.{digits}f}"
 
 
 def _warm_up(session: Runner, batch: Tensors) -> float:

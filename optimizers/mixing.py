@@ -1,10 +1,12 @@
 """Mixed precision: which layers of a quantized candidate stay in float, found on a simulation and then built."""
 
+import math
 from typing import Literal
 
 import msgspec
 import onnx
 
+from optimizers.budget import SPENT, Budget
 from optimizers.building import Chain, Line
 from optimizers.errors import PassFailed
 from optimizers.exam import Exam
@@ -68,19 +70,35 @@ class Mixed(msgspec.Struct, frozen=True):
         )
 
 
-def mix(line: Line, base: Chain, chain: Chain, context: PassContext, exam: Exam, accept: Accept) -> Mixed:
+class Lab(msgspec.Struct, frozen=True):
+    """With what layers are simulated.
+
+    Attributes:
+        context: Calibration data and an existing folder.
+        exam: The search samples.
+        accept: Whether a fidelity is good enough.
+        budget: How long the search may take.
+    """
+
+    context: PassContext
+    exam: Exam
+    accept: Accept
+    budget: Budget
+
+
+def mix(line: Line, base: Chain, chain: Chain, lab: Lab) -> Mixed:
     """Rank the layers of a quantization and find the smallest set that must stay in float.
+
+    A search that the time budget cut short is not kept for later runs.
 
     Args:
         line: Builds the FP32 model that the quantization takes.
         base: The exact passes.
         chain: The passes behind them; one of them is an INT8 pass.
-        context: Calibration data and an existing folder.
-        exam: The search samples.
-        accept: Whether a fidelity is good enough.
+        lab: Samples, gate and time.
 
     Raises:
-        PassFailed: If the layers cannot be simulated, with the reason.
+        PassFailed: If the layers cannot be simulated or there is not enough time for it, with the reason.
         InferenceFailed: If the simulation fails on the samples.
     """
     index = quantizer_index(chain)
@@ -88,29 +106,80 @@ def mix(line: Line, base: Chain, chain: Chain, context: PassContext, exam: Exam,
     if not isinstance(step, (Int8Dynamic, Int8Static)):
         raise PassFailed(f"{step.spec.name} quantizes no layers one by one")
     before = line.build("", (*base, *chain[:index]), "fp32").form
-    key = key_of("mixed", before.sha256, settings_of(step), accept, exam.digest, exam.rows, context.host.fingerprint)
+    exam = lab.exam
+    host = lab.context.host.fingerprint
+    key = key_of("mixed", before.sha256, settings_of(step), lab.accept, exam.digest, exam.rows, host)
     found = exam.store.read(key, _RESULT)
     if found is not None:
         return msgspec.json.decode(found, type=Mixed)
-    mixed = _mix(before, step, context, exam, accept)
+    pace = _Pace(lab.budget)
+    mixed = _mix(before, step, lab, pace)
+    if pace.is_cut:
+        return msgspec.structs.replace(mixed, reason=f"{mixed.reason}; cut short: {SPENT}")
     exam.store.write(key, _RESULT, msgspec.json.encode(mixed))
     return mixed
 
 
-def _mix(form: Form, step: Int8Dynamic | Int8Static, context: PassContext, exam: Exam, accept: Accept) -> Mixed:
-    model = load_model(form.model)
+def _mix(form: Form, step: Int8Dynamic | Int8Static, lab: Lab, pace: "_Pace") -> Mixed:
+    model, exam = load_model(form.model), lab.exam
     samples = Samples(exam.samples, exam.rows, exam.workers)
     few = Samples(exam.few(_MOST_RANKED), exam.rows, exam.workers)
-    board = Switchboard(model, _scheme(model, step, context), context.work, exam.samples.singles[0])
+    board = Switchboard(model, _scheme(model, step, lab.context), lab.context.work, exam.samples.singles[0])
     try:
-        ranking = rank(board, few)
-        found = smallest_float_set(board, ranking, accept, samples)
+        pace.start(len(board.layers), exam.count / len(few.held_out.singles))
+        ranking = rank(board, few, pace.may_rank)
+        found = smallest_float_set(board, ranking, lab.accept, samples, goes_on=pace.may_search)
     finally:
         board.close()
     if found is None:
         return Mixed(ranking, None, f"no set of float layers is faithful on {exam.count} search samples")
-    share = f"{len(found.keep)} of {len(ranking)} layers stay in float, {found.macs_share:.0%} of the products in INT8"
+    count = f"{len(found.keep)} of {len(board.layers)} layers stay in float"
+    share = f"{count}, {found.macs_share:.0%} of the products in INT8"
     return Mixed(ranking, found.keep, f"{share}; simulated agreement {found.fidelity.agreement:.3f}")
+
+
+class _Pace:
+    """Keeps a search for float layers within the time budget.
+
+    Args:
+        budget: The time.
+    """
+
+    def __init__(self, budget: Budget) -> None:
+        self.is_cut = False
+        self._budget, self._started_s = budget, 0.0
+        self._layers, self._evaluation_s, self._ratio = 0, 0.0, 1.0
+
+    def start(self, layers: int, ratio: float) -> None:
+        """Start the clock.
+
+        Args:
+            layers: Layers to rank.
+            ratio: Samples of one evaluation of the search for each sample of the ranking.
+        """
+        self._layers, self._ratio, self._started_s = layers, ratio, self._budget.elapsed_s
+
+    def may_rank(self, ranked: int) -> bool:
+        """Whether one more layer can be ranked, and the search still take place.
+
+        Raises:
+            PassFailed: If the first layer shows that there is not enough time for all.
+        """
+        layer_s = (self._budget.elapsed_s - self._started_s) / ranked
+        self._evaluation_s = layer_s * self._ratio
+        search_s = self._evaluation_s * (2 + math.ceil(math.log2(self._layers)))
+        refusal = self._budget.refusal(layer_s * (self._layers - ranked) + search_s)
+        if ranked == 1 and refusal:
+            raise PassFailed(refusal)
+        return ranked == self._layers or self._allows(layer_s + search_s)
+
+    def may_search(self) -> bool:
+        """Whether one more set of layers can be evaluated."""
+        return self._allows(self._evaluation_s)
+
+    def _allows(self, needs_s: float) -> bool:
+        self.is_cut = self.is_cut or bool(self._budget.refusal(needs_s))
+        return not self.is_cut
 
 
 def _scheme(model: onnx.ModelProto, step: Int8Dynamic | Int8Static, context: PassContext) -> Scheme:

@@ -7,7 +7,6 @@ goes on where it was.
 
 import os
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -16,13 +15,15 @@ from typing import get_args
 import msgspec
 
 from optimizers.asking import Original, Parts, Place, ask, parts_of
+from optimizers.budget import Budget
 from optimizers.building import Built, Line, on_gpu
 from optimizers.engines import build_engines
 from optimizers.evaluator import Evaluate, load_evaluator
 from optimizers.evidence import HeldOut
 from optimizers.exact import FUSED, build_exact
 from optimizers.exam import Exam
-from optimizers.explore import NO_SEARCH, Appraisal, Explorer, Found, Quest, unproven
+from optimizers.explore import NO_SEARCH, Appraisal, Explorer, Found, Quest, part, unproven
+from optimizers.forecast import Cost, Forecast
 from optimizers.graph import load_model, op_counts, save_model, signature_of
 from optimizers.isolation import Form, Probe, Workshop, nursery_of_passes
 from optimizers.nursery import Nursery
@@ -56,7 +57,9 @@ _WORK = ".optimize-"
 _HOST_BUILD = "fp32-host"
 _ENGINES = (FUSED, "fp16")
 _MEMORY_SHARE = 0.8
-_SEARCH_SHARE, _RACE_SHARE, _MOST_RACE_S = 0.6, 0.15, 60.0
+_RACE_SHARE, _MOST_RACE_S = 0.15, 60.0
+_WRITING_S = 2.0
+_BASELINES = 2  # sessions of the original that are raced beside the exact forms
 
 
 def existing(request: OptimizeRequest) -> Artifact | None:
@@ -144,7 +147,7 @@ class _Run:
     ) -> None:
         self.request, self.recipe, self.host, self.digests = request, request.recipe, host, digests
         self.version, self.work, self.store, self.tools = version, work, tools.store, tools
-        self.started_s = time.monotonic()
+        self.budget = Budget(request.time_budget_s)
         self.gate = Gate(self.recipe.min_agreement, self.recipe.max_accuracy_drop)
         self.policy = Policy(self.recipe.objective, self.recipe.slo_ms)
         self.devices = tuple(d.kind for d in usable_devices("prefer") if d.kind in self.recipe.devices)
@@ -160,10 +163,10 @@ class _Run:
         track = self._track(answered)
         try:
             line = Line(original, self._workshop(parts, answered))
-            searched = self._search(line, track, parts, answered, _part(observe, 0.05, 0.5))
+            searched = self._search(line, track, parts, answered, part(observe, 0.05, 0.5))
             untouched = Built(UNTOUCHED, "fp32", "cpu", exact=True, form=original)
             exam = self._exam("held-out", answered.held_out, answered, parts)
-            trial = Trial(untouched, searched.built, exam, track, self._trial_plan(), _part(observe, 0.55, 0.4))
+            trial = Trial(untouched, searched.built, exam, track, self._trial_plan(), part(observe, 0.55, 0.4))
             outcome = trial.run()
         finally:
             track.close()
@@ -184,7 +187,7 @@ class _Run:
             found=searched.found,
             outcome=outcome,
             engines=engines,
-            seconds=time.monotonic() - self.started_s,
+            seconds=self.budget.elapsed_s,
         )
         publish(folder, edition)
         observe("done", 1.0)
@@ -214,6 +217,7 @@ class _Run:
             parts.digest,
             self.request.pass_timeout_s,
             limit,
+            self.budget,
         )
 
     def _context(self, parts: Parts) -> PassContext:
@@ -232,10 +236,10 @@ class _Run:
         if self.recipe.variants:
             listed = tuple(self._listed(line, plan, observe) for plan in self.recipe.variants)
             return _Searched(Found((), (), {}), listed)
-        fp32 = build_exact(line, track, EXACT, self.recipe.seed, _part(observe, 0.0, 0.2))
+        fp32 = build_exact(line, track, EXACT, self.recipe.seed, part(observe, 0.0, 0.2))
         exact = [fp32] if self.recipe.portable else [fp32, self._host_build(line, fp32)]
         features = features_of(op_counts(load_model(fp32.model)), fp32.size_bytes, track.quick_ms(fp32))
-        found = self._explore(line, track, parts, answered, fp32, features, _part(observe, 0.2, 0.8))
+        found = self._explore(line, track, parts, answered, exact, features, part(observe, 0.2, 0.8))
         on_cpu = [*(Appraisal(b, failure=b.failure) for b in exact), *found.appraised]
         gpu = on_gpu([a.built for a in on_cpu if not a.failure], self.devices)
         return _Searched(found, (*on_cpu, *map(Appraisal, gpu)), features)
@@ -257,26 +261,43 @@ class _Run:
         track: Track,
         parts: Parts,
         answered: Original,
-        fp32: Built,
+        exact: Sequence[Built],
         features: Features,
         observe: Observe,
     ) -> Found:
+        fp32 = exact[0]
         roots = roots_for(self.recipe.precisions, self.recipe.compressions, self.devices)
         if parts.no_proof or answered.search is None:
             return unproven(line, fp32.chain, roots, parts.no_proof or NO_SEARCH)
         families = list(dict.fromkeys(root.family for root in roots))
         order = in_order(families, read_experiences(self._experience_file()), features)
+        exam = self._exam("search", answered.search, answered, parts)
+        forecast = Forecast(exam.count, len(answered.held_out.singles), exam.rows, exam.workers)
+        self._begin_search(forecast, track.cost(track.enter(fp32)), len(exact))
         quest = Quest(
             base=fp32.chain,
             baseline=fp32,
             gate=self.gate,
             wants_speed=self.policy.objective in ("latency", "throughput"),
-            end_s=self.started_s + self.request.time_budget_s * _SEARCH_SHARE,
+            budget=self.budget,
+            forecast=forecast,
             seed=self.recipe.seed,
         )
-        exam = self._exam("search", answered.search, answered, parts)
         explorer = Explorer(line, exam, track, self._context(parts), quest, observe)
         return explorer.run(sorted(roots, key=lambda root: order.index(root.family)))
+
+    def _begin_search(self, forecast: Forecast, cost: Cost, exact: int) -> None:
+        """Reserve what the trial takes even when nothing lossy is found; from here on the time budget binds.
+
+        Args:
+            forecast: Predicts it.
+            cost: Of the exact form.
+            exact: Number of exact forms to prove.
+        """
+        raced_s = forecast.races_s([cost] * (exact + _BASELINES), self._races_s)
+        self.budget.reserve("exact forms", exact * forecast.proof_s(cost) + raced_s)
+        self.budget.reserve("writing", _WRITING_S)
+        self.budget.begin()
 
     def _experience_file(self) -> Path:
         return self.store.folder / f"experience-{self.host.fingerprint}.jsonl"
@@ -293,8 +314,12 @@ class _Run:
             add_experiences(self._experience_file(), measured)
 
     def _trial_plan(self) -> TrialPlan:
-        budget_s = min(self.request.time_budget_s * _RACE_SHARE, _MOST_RACE_S)
-        return TrialPlan(self.gate, self.policy, self.host.cores, budget_s, self.recipe.seed)
+        return TrialPlan(self.gate, self.policy, self.host.cores, self._races_s, self.recipe.seed)
+
+    @property
+    def _races_s(self) -> float:
+        """Seconds for the races of the trial, unless they cannot be as short."""
+        return min(self.request.time_budget_s * _RACE_SHARE, _MOST_RACE_S)
 
     def _engines(
         self, built: Sequence[Appraisal], parts: Parts, answered: Original, folder: Path
@@ -305,7 +330,3 @@ class _Run:
         wanted = {served_name(form.name): form.model for form in forms}
         rows = answered.batching.max_rows
         return build_engines(wanted, parts.held_out, rows, folder / "engines", self.request.pass_timeout_s)
-
-
-def _part(observe: Observe, start: float, share: float) -> Observe:
-    return lambda stage, done: observe(stage, start + share * done)

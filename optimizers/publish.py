@@ -1,7 +1,7 @@
 """Writes an artifact: variants, golden samples, recipe, report, the manifest last; then renames it into place."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from optimizers.search import Gate
 from optimizers.store import key_of
 from optimizers.trial import Chosen, Outcome, headline
 from server.artifact import FORMAT, GOLDEN, MANIFEST, Batching, Golden, Manifest, Source, Variant, digest_of
-from server.errors import ArtifactError
+from server.errors import ArtifactError, SlipstreamError
 from server.golden import sqnr_db
 from server.host import HostFacts
 from server.providers import Device
@@ -34,7 +34,11 @@ RECIPE = "recipe.toml"
 
 
 class Edition(msgspec.Struct, frozen=True):
-    """Everything that one artifact is written from."""
+    """Everything that one artifact is written from.
+
+    Attributes:
+        lost: That the first choice was refused when it was written; empty when it was not.
+    """
 
     request: OptimizeRequest
     version: str
@@ -48,16 +52,21 @@ class Edition(msgspec.Struct, frozen=True):
     outcome: Outcome
     engines: tuple[EngineRecord, ...]
     seconds: float
+    lost: str = ""
 
 
 def publish(folder: Path, edition: Edition) -> None:
     """Write an artifact into an empty folder; with the manifest, written last, it is complete.
 
+    A variant that fails on the golden samples is refused, and the next one takes its place.
+
     Raises:
-        ArtifactError: If the portable exact variant does not reproduce the golden outputs at all.
+        SlipstreamError: If the last resort, a portable exact variant, fails on them.
     """
     write_golden(folder, edition.original.golden)
-    variants = write_variants(folder, edition.outcome.chosen, edition.original.golden, edition.host.fingerprint)
+    chosen = edition.outcome.chosen
+    variants, refused = write_variants(folder, chosen, edition.original.golden, edition.host.fingerprint)
+    edition = msgspec.structs.replace(edition, outcome=without(edition.outcome, refused), lost=_loss(chosen, refused))
     manifest = _manifest(folder, edition, variants)
     recipe = write_recipe(_replay(edition))
     (folder / RECIPE).write_text(recipe, encoding="utf-8")
@@ -73,19 +82,61 @@ def write_golden(folder: Path, golden: Golden) -> None:
     np.savez(folder / GOLDEN, allow_pickle=False, **plain)
 
 
-def write_variants(folder: Path, chosen: Sequence[Chosen], golden: Golden, host: str) -> tuple[Variant, ...]:
+def write_variants(
+    folder: Path, chosen: Sequence[Chosen], golden: Golden, host: str
+) -> tuple[tuple[Variant, ...], dict[str, str]]:
     """Copy the chosen files in and bind each to what it reached on the golden samples on this host.
 
     Args:
         folder: The artifact's folder.
-        chosen: In order of preference.
+        chosen: In order of preference; the last one that is not for large batches is the last resort.
         golden: The golden request.
         host: Fingerprint of this host.
 
+    Returns:
+        The variants, and those that are refused with the reason, by name. With the first choice its variant for large
+        batches is refused too, since it is one only beside that choice.
+
     Raises:
-        ArtifactError: If a variant does not reproduce the golden outputs at all.
+        SlipstreamError: If the last resort does not open or run, or does not reproduce the golden outputs at all.
     """
-    return tuple(_write_variant(folder, choice, golden, host) for choice in chosen)
+    variants: list[Variant] = []
+    refused: dict[str, str] = {}
+    last_resort = [choice for choice in chosen if not choice.from_rows][-1]
+    for choice in chosen:
+        if choice.from_rows and chosen[0].name in refused:
+            refused[choice.name] = f"it serves large batches beside {chosen[0].name} only, which is refused"
+            continue
+        try:
+            variants.append(_write_variant(folder, choice, golden, host))
+        except SlipstreamError as exc:
+            if choice is last_resort:
+                raise
+            refused[choice.name] = str(exc)
+            shutil.rmtree(folder / choice.name)
+    return tuple(variants), refused
+
+
+def without(outcome: Outcome, refused: Mapping[str, str]) -> Outcome:
+    """Return an outcome in which some of the chosen variants are refused.
+
+    Args:
+        outcome: The result of a trial.
+        refused: Variant -> reason.
+    """
+    reasons = {choice.built.name: refused[choice.name] for choice in outcome.chosen if choice.name in refused}
+    return msgspec.structs.replace(
+        outcome,
+        candidates=tuple(
+            msgspec.structs.replace(record, verdict="refused", reason=reasons[record.name], pareto=False)
+            if record.name in reasons
+            else record
+            for record in outcome.candidates
+        ),
+        chosen=tuple(choice for choice in outcome.chosen if choice.name not in refused),
+        served=tuple(record for record in outcome.served if record.variant not in refused),
+        knobs=tuple(choice for choice in outcome.knobs if choice.variant not in refused),
+    )
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -120,7 +171,7 @@ def _write_variant(folder: Path, choice: Chosen, golden: Golden, host: str) -> V
         session.close()
     if reached <= 0:
         raise ArtifactError(
-            f"variant {choice.name} reaches {reached:.1f} dB on its golden samples; nothing was written"
+            f"variant {choice.name} reaches {reached:.1f} dB on the golden samples; it must reach more than 0"
         )
     extra = {file.name: digest_of(file) for file in sorted(place.parent.iterdir()) if file != place}
     return Variant(
@@ -169,6 +220,11 @@ def _manifest(folder: Path, edition: Edition, variants: tuple[Variant, ...]) -> 
     )
 
 
+def _loss(chosen: Sequence[Chosen], refused: Mapping[str, str]) -> str:
+    first = chosen[0].name
+    return f"{first} was the first choice and is refused: {refused[first]}. " if first in refused else ""
+
+
 def _within_slo(batching: Batching, outcome: Outcome, slo_ms: float | None) -> Batching:
     """Limit batches to those whose measured p99 keeps the wanted latency; one row always goes."""
     if slo_ms is None or not batching.batchable:
@@ -195,7 +251,7 @@ def _report(edition: Edition, manifest: Manifest, recipe: str) -> Report:
     return Report(
         name=manifest.name,
         version=manifest.version,
-        headline=headline(outcome),
+        headline=f"{edition.lost}{headline(outcome)}",
         chosen=outcome.chosen[0].name,
         source=manifest.source,
         gate=Gate(request.recipe.min_agreement, request.recipe.max_accuracy_drop),

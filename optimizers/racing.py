@@ -1,7 +1,7 @@
 """The race track: opens candidates as the server would, and measures them against each other.
 
-Sessions stay open until the track is closed. A finished race is kept in the store for a day, so that an interrupted run
-does not repeat it; a later run measures again.
+A session holds a copy of the weights: who has no further race should leave, and is opened anew when it enters again. A
+finished race is kept in the store for a day, so that an interrupted run does not repeat it; a later run measures again.
 """
 
 import time
@@ -14,12 +14,14 @@ import msgspec
 
 from optimizers.building import Built
 from optimizers.evidence import join
+from optimizers.forecast import Cost
 from optimizers.graph import files_of
 from optimizers.measurement import METHOD, Race, RacePlan, Sample, race
 from optimizers.records import ORIGINAL
 from optimizers.search import Knobs
 from optimizers.store import Store, joint_digest, key_of
 from server.artifact import SessionOptions
+from server.errors import SlipstreamError
 from server.providers import Device
 from server.session import Session
 from server.tensors import Tensors
@@ -58,6 +60,7 @@ class Track:
         self._sessions: dict[str, Session] = {}
         self._identity: dict[str, object] = {}
         self._spinning: set[str] = set()
+        self._cost: dict[str, Cost] = {}
         self.batches = {size: batch_of(singles, size) for size in sizes}
         self._add(ORIGINAL, Session(source, Device("cpu"), DEFAULTS), (joint_digest(files_of(source)), DEFAULTS))
 
@@ -65,6 +68,10 @@ class Track:
         """Release all sessions."""
         for label in list(self._sessions):
             self._leave(label)
+
+    def leave(self, built: Built) -> None:
+        """Release the session of a candidate that has no further race; nothing happens when none is open."""
+        self._leave(built.name)
 
     def enter(self, built: Built, knobs: Knobs | None = None) -> str:
         """Open a candidate, unless it is open, and run every batch size once; return its label in races.
@@ -80,10 +87,18 @@ class Track:
         if self._identity.get(label) != identity:
             self._leave(label)
             session = Session(built.model, Device(built.provider), options)
-            for batch in self.batches.values():
-                session.run(batch)
+            try:
+                cost = self._run_each(session)
+            except SlipstreamError:
+                session.close()
+                raise
             self._add(label, session, identity)
+            self._cost[label] = cost
         return label
+
+    def cost(self, label: str) -> Cost:
+        """Return what one run of each batch size took when a candidate entered: a rough idea, for nothing but plans."""
+        return self._cost[label]
 
     def session(self, label: str) -> Session:
         """Return an opened session."""
@@ -141,11 +156,22 @@ class Track:
         self._store.write(key, _RESULT, msgspec.json.encode(_Result(datetime.now(UTC), cells)))
         return finished
 
+    def _run_each(self, session: Session) -> Cost:
+        """Run every batch size once, the smallest twice: its first run also loads the weights."""
+        session.run(self.batches[min(self.batches)])
+        cost = {}
+        for size, batch in self.batches.items():
+            start = time.perf_counter()
+            session.run(batch)
+            cost[size] = time.perf_counter() - start
+        return cost
+
     def _leave(self, label: str) -> None:
         if label in self._sessions:
             self._sessions.pop(label).close()
             self._identity.pop(label)
             self._spinning.discard(label)
+            self._cost.pop(label, None)
 
     def _add(self, label: str, session: Session, identity: tuple[object, ...]) -> None:
         self._sessions[label] = session

@@ -16,6 +16,12 @@
     holdout_samples = 512
     seed = 0
 
+The table ``decisions`` names outputs and how two answers of each are compared, where the guess does not fit::
+
+    [decisions]
+    logits = "top1"
+    boxes = "near"
+
 A recipe with variants makes exactly these, without a search, and proves them as usual. The optimizer writes such a
 recipe beside every report::
 
@@ -39,6 +45,9 @@ Precision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
 Compression = Literal["low-rank", "prune-channels", "sparsity-2-4"]
 Objective = Literal["latency", "throughput", "memory", "size"]
 Target = Literal["cpu", "cuda", "tensorrt"]
+
+DECISIONS = ("top1", "binary", "nearest_neighbour", "tokens", "pixels", "maps", "near", "close")
+"""How two answers of a model can be compared, see ``decisions``."""
 
 MOST_ROWS = 1024
 """Largest batch that a recipe may ask for."""
@@ -77,6 +86,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         search_samples: Samples that decide what is tried next.
         holdout_samples: Samples for the comparison with the original; no pass sees them.
         seed: Seed of the split and of the order of measurements.
+        decisions: Output -> one of ``DECISIONS``; empty means to tell it from the original's answers.
         variants: Exactly what to make; empty means to search.
     """
 
@@ -93,6 +103,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     search_samples: int = 256
     holdout_samples: int = 512
     seed: int = 0
+    decisions: dict[str, str] = {}
     variants: tuple[VariantPlan, ...] = ()
 
     def __post_init__(self) -> None:
@@ -114,6 +125,10 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         _require(self.search_samples >= 0, "search_samples", self.search_samples, "at least 0")
         _require(self.holdout_samples >= 1, "holdout_samples", self.holdout_samples, "at least 1")
         _require(self.seed >= 0, "seed", self.seed, "at least 0")
+        for output, kind in self.decisions.items():
+            _require(
+                kind in DECISIONS, f"the decision of output '{output}'", repr(kind), f"one of {', '.join(DECISIONS)}"
+            )
         names = [variant.name for variant in self.variants]
         _require(len(set(names)) == len(names), "variants", names, "of different names")
 
@@ -140,7 +155,8 @@ def read_recipe(path: Path) -> Recipe:
 def write_recipe(recipe: Recipe) -> str:
     """Return a recipe as TOML, which ``read_recipe`` reads back; what has no value is left out."""
     plain = msgspec.to_builtins(recipe)
-    return tomli_w.dumps({key: value for key, value in plain.items() if value is not None and value != []})
+    optional = ("slo_ms", "decisions", "variants")
+    return tomli_w.dumps({key: value for key, value in plain.items() if value or key not in optional})
 
 
 def _require(holds: bool, key: str, seen: object, allowed: str) -> None:

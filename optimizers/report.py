@@ -15,6 +15,7 @@ import msgspec
 
 from optimizers.fidelity import describe
 from optimizers.intervals import wilson
+from optimizers.measurement import bound_text
 from optimizers.plots import GREY, colours_of, latency_plot, points_of, trade_off_plot
 from optimizers.ranking import ranking
 from optimizers.records import (
@@ -87,6 +88,7 @@ def render_html(report: Report) -> str:
         loader=jinja2.PackageLoader("optimizers", "."), autoescape=True, undefined=jinja2.StrictUndefined
     )
     environment.filters.update(mb=_mb, ms=_ms, db=_db, fidelity_text=describe, change=_change, at=_at, share=_share)
+    environment.filters.update(bound=bound_text)
     best = served_record(report, report.chosen)
     return environment.get_template("report.html.j2").render(
         report=report,

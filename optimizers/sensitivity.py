@@ -9,6 +9,9 @@ A share of decisions is a noisy measure: of 128 samples, one more or less may ag
 many sets finds the lucky ones. So a set does not count as accepted while its SQNR, which is far less noisy, lies below
 that of a set that was refused. The set is fitted to its samples even so: judge the model built from it on others.
 
+Either search can be cut short. Layers are ranked with the largest first, so that those nobody had time for are small,
+and stay in float; a search for fewer float layers that ends early leaves the smallest set that it had accepted.
+
 Source: binary search over a sensitivity ranking as in NVIDIA Model Optimizer and NNCF's ranked revert; error energy per
 saved arithmetic is the greedy solution of the knapsack problem (G. B. Dantzig, 1957).
 """
@@ -81,27 +84,31 @@ class Samples(msgspec.Struct, frozen=True):
 
 
 def rank(
-    board: Switchboard, samples: Samples, observe: Callable[[LayerSensitivity], None] = lambda _: None
+    board: Switchboard, samples: Samples, goes_on: Callable[[int], bool] = lambda _: True
 ) -> tuple[LayerSensitivity, ...]:
     """Quantize each layer alone and return the layers, worst score first; one pass over the samples per layer.
 
     Args:
         board: The model.
         samples: A few dozen are enough: the energy of an error needs fewer samples than a share of decisions.
-        observe: Told about each layer as it is measured.
+        goes_on: Asked after each layer, with the number of layers ranked, whether there is time for one more.
+
+    Returns:
+        The layers that were ranked; all of them, or the largest.
 
     Raises:
         InferenceFailed: If the session fails.
         PassFailed: If an output does not have one row per sample.
     """
     total = max(sum(layer.macs for layer in board.layers), 1)
-    found = []
-    for layer in board.layers:
+    found: list[LayerSensitivity] = []
+    for layer in sorted(board.layers, key=lambda layer: -layer.macs):
         outputs = _outputs(board, [layer.node], samples)
         error = _error(samples.held_out.reference, outputs)
         score = error * total / max(layer.macs, 1)
         found.append(LayerSensitivity(layer.node, layer.op_type, layer.macs, error, score))
-        observe(found[-1])
+        if not goes_on(len(found)):
+            break
     return tuple(sorted(found, key=lambda layer: layer.score, reverse=True))
 
 
@@ -111,15 +118,17 @@ def smallest_float_set(
     accept: Callable[[Fidelity], bool],
     samples: Samples,
     most_given_back: int = _MOST_GIVEN_BACK,
+    goes_on: Callable[[], bool] = lambda: True,
 ) -> FloatSet | None:
     """Find few layers to keep in FP32 so that the model is accepted.
 
     Args:
         board: The model.
-        ranking: Its layers, from ``rank``.
+        ranking: Its layers, from ``rank``; those that are missing stay in FP32 unless all layers may be INT8.
         accept: The gate.
         samples: What the gate is applied to, on at most ``log2(layers) + 3 + most_given_back`` passes.
         most_given_back: How many layers at most are tried in INT8 again, the largest first.
+        goes_on: Asked, once there is an accepted set, whether there is time to evaluate one with fewer layers.
 
     Returns:
         The set, which was itself evaluated and accepted; ``None`` when not even FP32 is.
@@ -129,8 +138,9 @@ def smallest_float_set(
         PassFailed: If an output does not have one row per sample.
     """
     search = _Search(board, accept, samples)
-    names = [layer.node for layer in ranking]
-    keep = _shortest_prefix(names, search)
+    ranked = [layer.node for layer in ranking]
+    names = [*(layer.node for layer in board.layers if layer.node not in ranked), *ranked]
+    keep = _shortest_prefix(names, search, goes_on)
     if keep is None:
         return None
     tries = 0
@@ -139,6 +149,8 @@ def smallest_float_set(
             break
         if search.is_hopeless(keep, layer.error):
             continue
+        if not goes_on():
+            break
         tries += 1
         fewer = [name for name in keep if name != layer.node]
         keep = fewer if search.accepts(fewer) else keep
@@ -199,14 +211,14 @@ def _error(reference: Tensors, outputs: Tensors) -> float:
     return 0.0 if sqnr_db >= MOST_DB else float(10 ** (-sqnr_db / 10))
 
 
-def _shortest_prefix(names: list[str], search: _Search) -> list[str] | None:
+def _shortest_prefix(names: list[str], search: _Search, goes_on: Callable[[], bool]) -> list[str] | None:
     """Return the shortest accepted prefix that a binary search finds; ``None`` when all layers are not enough."""
     if search.accepts([]):
         return []
     if not search.accepts(names):
         return None
     refused, accepted = 0, len(names)
-    while accepted - refused > 1:
+    while accepted - refused > 1 and goes_on():
         middle = (refused + accepted) // 2
         if search.accepts(names[:middle]):
             accepted = middle

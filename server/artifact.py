@@ -138,6 +138,8 @@ class Fidelity(msgspec.Struct, frozen=True):
         cosine_low: Lower end of the 95 % interval of the mean cosine.
         accuracy_drop_high: Upper end of the 95 % interval of the original's accuracy minus this one's; ``None``
             without labels, and with an evaluator, whose value is one number for all samples.
+        accuracy_difference_low: Lower end of the 95 % interval of this accuracy minus the original's, by paired
+            bootstrap; ``None`` without labels and evaluator, or where the evaluator could not be asked often enough.
     """
 
     samples: int
@@ -155,6 +157,7 @@ class Fidelity(msgspec.Struct, frozen=True):
     worst_slice: Slice | None = None
     cosine_low: float | None = None
     accuracy_drop_high: float | None = None
+    accuracy_difference_low: float | None = None
 
 
 class Variant(msgspec.Struct, frozen=True):
@@ -313,8 +316,8 @@ def read_artifact(folder: Path) -> Artifact:
         raise ArtifactError(f"{folder / MANIFEST} names its variants {names}; each name may occur once")
     for variant in manifest.variants:
         _check_digest(folder, variant.file, variant.sha256)
-        for name, digest in variant.weights.items():
-            _check_digest(folder, str(Path(variant.file).parent / name), digest)
+        for weights, digest in variant.weights.items():
+            _check_digest(folder, str(Path(variant.file).parent / weights), digest)
     if manifest.golden_sha256:
         _check_digest(folder, GOLDEN, manifest.golden_sha256)
     return Artifact(folder, name, version, manifest)

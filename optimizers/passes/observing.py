@@ -62,7 +62,8 @@ def in_groups(
 ) -> list[list[str]]:
     """Cut tensors into groups that take at most 256 MB each, or hold one tensor; keep their order.
 
-    The model itself counts the elements of the first batch. Shapes in the file do not tell: axes may have names, or no size at all.
+    The model itself counts the elements of the first batch. Shapes in the file do not tell: axes may have names, or no
+    size at all.
 
     Args:
         model: The model, weights inside.

@@ -9,7 +9,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from optimizers.errors import PassFailed
-from optimizers.graph import free_name, nodes_of
+from optimizers.graph import free_name, nodes_of, weight_bytes
 from optimizers.passes import Need, PassContext, PassResult, PassSpec, copy_of
 from optimizers.passes.int8 import weighted_nodes
 from server.tensors import Array
@@ -64,10 +64,10 @@ class WeightOnly(msgspec.Struct, frozen=True):
             raise PassFailed(
                 f"none of {len(found)} MatMul and Gemm with constant weights can have {self.bits}-bit blocks"
             )
-        before = model.ByteSize()
+        before = weight_bytes(model)
         result = draft.finished(quantized)
         counts = {"quantized": len(quantized), "left_in_float": len(found) - len(quantized) + len(self.keep)}
-        sizes = f"{before / 1e6:.2f} -> {result.ByteSize() / 1e6:.2f} MB"
+        sizes = f"{before / 1e6:.2f} -> {weight_bytes(result) / 1e6:.2f} MB"
         note = f"{self.bits}-bit weights in blocks of {self.block_size}: {sizes}"
         return PassResult(result, changed=True, counts=counts, note=note)
 

@@ -10,7 +10,7 @@ import pytest
 from optimizers import asking
 from optimizers.asking import GOLDEN_SAMPLES, Original, Parts, Place, ask, parts_of
 from optimizers.calibration import LABELS_KEY, Samples
-from optimizers.errors import CalibrationError
+from optimizers.errors import CalibrationError, RecipeError
 from optimizers.evidence import run_singly
 from optimizers.graph import load_model, signature_of
 from optimizers.isolation import SERVING, Form
@@ -24,6 +24,7 @@ from server.session import Session
 from tests.models import save_batch_mixing, save_mlp, save_strings
 
 RECIPE = Recipe(calibration_samples=10, search_samples=20, holdout_samples=30, batch_rows=(1, 4))
+CLOSE = {"y": "close"}
 HOST = HostFacts("a CPU", ("avx2",), 2)
 
 
@@ -244,3 +245,20 @@ def test_original_that_fails_on_a_sample_ends_the_run(desk: Desk, monkeypatch: p
     with pytest.raises(InferenceFailed, match="out of memory"):
         desk.ask(parts)
     assert not list(desk.store.folder.glob("*/*"))
+
+
+def test_recipe_names_the_decision_and_evidence_of_another_one_is_not_reused(desk: Desk):
+    named = Recipe(calibration_samples=10, search_samples=20, holdout_samples=30, batch_rows=(1, 4), decisions=CLOSE)
+    parts = desk.parts(recipe=named)
+    original = desk.ask(parts, named)
+    assert original.search is not None
+    assert original.held_out.decision == original.search.decision == "close of y"
+    assert parts.digest != desk.parts().digest
+
+
+def test_decision_that_fits_no_output_is_refused(desk: Desk):
+    with pytest.raises(RecipeError, match="its outputs are y; kinds of decisions are top1"):
+        desk.parts(recipe=Recipe(decisions={"z": "close"}))
+    recipe = Recipe(decisions={"y": "pixels"}, batch_rows=(1, 4))
+    with pytest.raises(RecipeError, match=r"'pixels' does not fit the output 'y'; .* y \[30, 10\]: top1, "):
+        desk.ask(desk.parts(), recipe)

@@ -15,8 +15,11 @@ from click.testing import CliRunner, Result
 from optimizers import cli, pipeline
 from optimizers.cli import inspect, optimize, verify
 from optimizers.errors import OptimizerError
+from optimizers.isolation import SERVING
+from optimizers.report import read_report
 from server.artifact import digest_of, read_artifact
 from server.providers import CPU
+from server.session import Session
 from tests import models
 from tests.artifacts import edit_manifest, write_plain
 
@@ -190,6 +193,9 @@ def test_debug_lets_the_error_through(tmp_path: Path):
         ("--name", "x", "--repository", "r", "--devices", ","),
         ("--name", "x", "--repository", "r", "--compressions", "zip"),
         ("--name", "x", "--repository", "r", "--objective", "beauty"),
+        ("--name", "x", "--repository", "r", "--decision", "y"),
+        ("--name", "x", "--repository", "r", "--decision", "=top1"),
+        ("--name", "x", "--repository", "r", "--decision", "y=best"),
         ("--name", "x", "--repository", "r", "--version", "0"),
         ("--name", "x", "--repository", "r", "--time-budget", "nan"),
         ("--name", "x", "--repository", "r", "--time-budget", "inf"),
@@ -224,6 +230,71 @@ def test_options_out_of_range_are_refused(mlp: Path, tmp_path: Path, option: str
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr == f"Error: {named}\n"
     assert not (tmp_path / "models").exists()
+
+
+def test_decision_of_an_unknown_output_or_of_another_shape_is_refused(mlp: Path, tmp_path: Path):
+    plain = ("--name", "x", "--repository", tmp_path / "models", *FAST)
+    result = run(optimize, mlp, *plain, "--decision", "y=close", "--decision", "z=top1")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "for an output 'z', which the model does not have; its outputs are y; kinds of decisions" in result.stderr
+    result = run(optimize, mlp, *plain, "--decision", "y=pixels")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "'pixels' does not fit the output 'y'" in result.stderr
+    assert "y [32, 10]: top1, nearest_neighbour, near, close" in result.stderr
+
+
+def test_named_decision_is_recorded_and_replayed(mlp: Path, tmp_path: Path):
+    plain = ("--repository", tmp_path / "models", "--name")
+    assert run(optimize, mlp, *plain, "named", *FAST, "--decision", "y=close").exit_code == 0
+    recipe = tmp_path / "models" / "named" / "1" / "recipe.toml"
+    assert run(optimize, mlp, *plain, "again", "--time-budget", "0.1", "--recipe", recipe).exit_code == 0
+    assert run(optimize, mlp, *plain, "guessed", *FAST).exit_code == 0
+    digests = set()
+    for name, decisions in (("named", {"y": "close"}), ("again", {"y": "close"}), ("guessed", {})):
+        folder = tmp_path / "models" / name / "1"
+        report = json.loads((folder / "report.json").read_text())
+        assert report["recipe"]["decisions"] == decisions
+        wanted = "close of y" if decisions else "top1"
+        assert {c["fidelity"]["decision"] for c in report["candidates"] if c["fidelity"]} <= {wanted}
+        digests.add(json.loads((folder / "manifest.json").read_text())["recipe_sha256"])
+    assert len(digests) == 3
+
+
+@pytest.mark.parametrize("metric", ["labels", "evaluator", ""])
+def test_table_shows_the_accuracy_of_the_original_and_of_candidates_with_a_metric(
+    mlp: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, metric: str
+):
+    samples = np.random.default_rng(0).standard_normal((64, 64)).astype(np.float32)
+    labels = Session(mlp, CPU, SERVING).run({"x": samples})["y"].argmax(axis=1)
+    labels[::4] += 1
+    np.savez(tmp_path / "data.npz", x=samples)
+    np.savez(tmp_path / "labels.npz", labels=labels % 10)
+    (tmp_path / "cli_metric.py").write_text("def half(outputs, labels):\n    return 0.5\n")
+    monkeypatch.chdir(tmp_path)
+    given = {"labels": ("--labels", "labels.npz"), "evaluator": ("--evaluator", "cli_metric:half")}.get(metric, ())
+    (tmp_path / "recipe.toml").write_text(
+        'devices = ["cpu"]\n[[variants]]\nname = "int8"\nprecision = "int8-dynamic"\n'
+        'passes = [{ pass = "sanitize" }, { pass = "int8-dynamic" }]\n'
+    )
+    result = run(
+        optimize, mlp, "--repository", tmp_path / "models", "--name", "m", "--calibration", "data.npz", *given,
+        "--recipe", "recipe.toml", "--objective", "size", "--min-agreement", "0.8", "--time-budget", "1",
+    )  # fmt: skip
+    assert result.exit_code == 0
+    head, *lines = (
+        line for line in result.stdout.splitlines() if line.startswith(("  variant", "  original", "  int8"))
+    )
+    assert ("acc" in head.split()) is bool(metric)
+    (record,) = (r for r in read_report(tmp_path / "models" / "m" / "1").candidates if r.name == "int8")
+    assert record.fidelity is not None
+    if metric:
+        found = record.fidelity
+        assert all(f"{found.accuracy_original:.3f}" in line for line in lines if "original" in line)
+        assert all(f"{found.accuracy:.3f}" in line for line in lines if "int8" in line)
+        bound = f"95 % lower bound {found.accuracy_difference_low:+.3f})"
+        assert f"accuracy {found.accuracy:.3f}, the original's {found.accuracy_original:.3f}" in result.stdout
+        assert bound in result.stdout
+    assert len(lines) == 3
 
 
 def test_recipe_with_an_unknown_key_is_refused_with_the_known_ones(mlp: Path, tmp_path: Path):

@@ -5,8 +5,9 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from optimizers.decisions import agreements, classes_of, decision_for
-from optimizers.errors import PassFailed
+from optimizers.decisions import agreements, classes_of, decision_for, require_outputs
+from optimizers.errors import PassFailed, RecipeError
+from server.tensors import Signature, TensorSpec
 
 RNG = np.random.default_rng
 
@@ -255,3 +256,87 @@ def test_outputs_that_do_not_allow_the_decision_are_refused(decision: str):
     outputs = {"y": np.ones((4, 1, 1, 1, 1), np.float32)}
     with pytest.raises(PassFailed, match="no output holds"):
         agreements(outputs, outputs, decision)
+
+
+def test_named_decision_wins_over_what_the_output_looks_like():
+    """Three targets of a regression, whose ranges overlap, look like scores of classes."""
+    targets = normal(40, 3)
+    assert decision_for({"y": targets}) == "top1"
+    named = decision_for({"y": targets}, named={"y": "close"})
+    assert named == "close of y"
+    shifted = {"y": targets + np.float32(0.5)}
+    assert agreements({"y": targets}, shifted, "top1").all()
+    assert not agreements({"y": targets}, shifted, named).any()
+    assert classes_of(shifted, {"y": targets}, named) is None
+
+
+def test_named_outputs_decide_together_and_alone():
+    outputs = {"size": normal(6, 1), "b": normal(6, 4), "a": normal(6, 4, seed=1), "label": np.arange(6)}
+    named = decision_for(outputs, named={"label": "top1", "a": "top1", "size": "close"})
+    assert named == "close of size; top1 of a; top1 of label"  # as the signature orders them
+    changed = {name: array.copy() for name, array in outputs.items()}
+    changed["size"][0] += 9
+    changed["a"][1] *= -1
+    changed["label"][2] = 99
+    changed["b"] *= -1  # is not named
+    assert agreements(outputs, changed, named).tolist() == [False] * 3 + [True] * 3
+    classes = classes_of(changed, outputs, named)
+    assert classes is not None
+    assert np.array_equal(classes, changed["a"].argmax(axis=1))
+
+
+@pytest.mark.parametrize(
+    ("shape", "kinds"),
+    [
+        ((9,), ["binary", "near", "close"]),
+        ((9, 1), ["binary", "near", "close"]),
+        ((9, 3), ["top1", "nearest_neighbour", "near", "close"]),
+        ((9, 5, 3), ["tokens", "maps", "near", "close"]),
+        ((9, 3, 4, 4), ["pixels", "maps", "near", "close"]),
+        ((9, 1, 4, 4), ["maps", "near", "close"]),
+        ((9, 2, 2, 2, 2), ["near", "close"]),
+    ],
+)
+def test_every_kind_that_a_shape_allows_can_be_named_and_no_other(shape: tuple[int, ...], kinds: list[str]):
+    outputs = {"y": normal(*shape)}
+    harmed = {"y": -10 * outputs["y"]}
+    for kind in ("top1", "binary", "nearest_neighbour", "tokens", "pixels", "maps", "near", "close"):
+        if kind not in kinds:
+            with pytest.raises(RecipeError, match=f"'{kind}' does not fit the output 'y'.*{', '.join(kinds)}"):
+                decision_for(outputs, named={"y": kind})
+            continue
+        named = decision_for(outputs, named={"y": kind})
+        assert agreements(outputs, outputs, named).all()
+        if kind != "nearest_neighbour":  # which does not ask for the size of a vector
+            assert not agreements(outputs, harmed, named).all()
+
+
+def test_labels_are_classes_or_values():
+    outputs = {"label": np.arange(6), "pair": np.zeros((6, 2), np.int64)}
+    changed = {**outputs, "label": np.array([0, 1, 2, 3, 4, 9])}
+    for kind in ("top1", "close"):
+        assert agreements(outputs, changed, decision_for(outputs, named={"label": kind})).sum() == 5
+    with pytest.raises(RecipeError, match=r"label \[6\]: top1, near, close; pair \[6, 2\]: near, close"):
+        decision_for(outputs, named={"pair": "top1"})
+
+
+def test_named_embeddings_need_no_unit_norm():
+    rows = normal(30, 8)
+    named = decision_for({"y": rows}, named={"y": "nearest_neighbour"})
+    assert agreements({"y": rows}, {"y": 3 * rows}, named).all()
+    assert agreements({"y": rows}, {"y": normal(30, 8, seed=2)}, named).mean() < 0.4
+
+
+def test_named_map_is_compared_with_what_lies_at_its_peaks():
+    outputs = detector()
+    named = decision_for(outputs, named={"heatmap": "maps"})
+    spoiled = {name: array if name == "heatmap" else -array for name, array in outputs.items()}
+    assert agreements(outputs, outputs, named).all()
+    assert not agreements(outputs, spoiled, named).all()
+
+
+def test_unknown_output_is_refused_with_the_outputs_and_the_kinds():
+    signature = Signature((), (TensorSpec("y", "FP32", (None, 3)), TensorSpec("z", "INT64", (None,))))
+    require_outputs({"y": "close", "z": "top1"}, signature)
+    with pytest.raises(RecipeError, match=r"output 'logits', which .* outputs are y, z; kinds of decisions are top1, "):
+        require_outputs({"y": "close", "logits": "top1"}, signature)

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from optimizers import evaluator
 from optimizers.errors import CalibrationError
-from optimizers.evaluator import evaluated, load_evaluator
+from optimizers.evaluator import difference_low, evaluated, load_evaluator
 
 OUTPUTS = {"y": np.eye(3, dtype=np.float32)}
 LABELS = np.arange(3)
@@ -112,3 +113,35 @@ def test_it_cannot_spoil_the_outputs():
         evaluated(metric, outputs, LABELS)
     assert np.array_equal(outputs["y"], OUTPUTS["y"])
     assert outputs["y"].flags.writeable
+
+
+def accuracy(outputs, labels):
+    return np.mean(outputs["y"].argmax(axis=1) == labels)
+
+
+def answers(count: int, wrong: int) -> dict[str, np.ndarray]:
+    """Answers to ``count`` samples of class 0, the first ones wrong."""
+    classes = np.repeat([1, 0], [wrong, count - wrong])
+    return {"y": np.eye(2, dtype=np.float32)[classes]}
+
+
+def test_difference_is_resampled_in_pairs(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(evaluator, "_RESAMPLING_S", 60.0)
+    labels = np.zeros(400, np.int64)
+    # 200 samples that both get wrong are no noise: the spread is that of the 40 on which they differ.
+    low = difference_low(accuracy, answers(400, 200), answers(400, 240), labels)
+    assert low == pytest.approx(-0.1 - 1.96 * np.sqrt(0.1 * 0.9 / 400), abs=0.005)
+    assert difference_low(accuracy, answers(400, 200), answers(400, 200), labels) == 0.0
+    assert difference_low(accuracy, answers(400, 240), answers(400, 200), labels) > 0.05
+
+
+def test_metric_that_some_resamples_do_not_allow_has_no_interval():
+    def needs_all(outputs, labels):
+        return 1.0 if len(np.unique(labels)) == 3 else float("nan")
+
+    assert difference_low(needs_all, OUTPUTS, OUTPUTS, LABELS) is None
+
+
+def test_metric_that_takes_too_long_has_no_interval(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(evaluator, "_RESAMPLING_S", 0.0)
+    assert difference_low(accuracy, answers(9, 1), answers(9, 2), np.zeros(9, np.int64)) is None

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -121,3 +122,18 @@ def test_progress_names_the_pass(bench: Bench):
     seen: list[tuple[str, float]] = []
     build_exact(bench.line, bench.track, (Nothing(), Refuse()), 0, lambda stage, share: seen.append((stage, share)))
     assert seen == [("pass nothing", 0.0), ("pass refuse", 0.5)]
+
+
+def test_no_session_is_left_but_that_of_the_original(bench: Bench, monkeypatch: pytest.MonkeyPatch):
+    """Two are open at a time: the best form so far, and the one that it is raced against."""
+    counts: list[int] = []
+    race = bench.track.race
+
+    def counted(*arguments: Any) -> Race:
+        counts.append(len(bench.track._sessions))
+        return race(*arguments)
+
+    monkeypatch.setattr(bench.track, "race", counted)
+    build(bench, Burden(name="sanitize"), FixedBatch(), Unburden(), Burden(2))
+    assert counts == [3, 3, 3]
+    assert list(bench.track._sessions) == ["original"]

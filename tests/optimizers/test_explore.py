@@ -1,8 +1,7 @@
 """The exploration of lossy candidates on real models: what is tried, what is repaired, and what is not worth it."""
 
 import re
-import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +10,11 @@ import pytest
 from msgspec.structs import replace
 from onnx import numpy_helper
 
+from optimizers.budget import Budget
 from optimizers.building import Chain
-from optimizers.explore import Appraisal, Explorer, Found, Quest, unproven
+from optimizers.explore import Appraisal, Explorer, Found, Observe, Quest, unproven
+from optimizers.forecast import Cost, Forecast
+from optimizers.nursery import Nursery
 from optimizers.passes.int8_static import Int8Static
 from optimizers.passes.smoothquant import SmoothQuant
 from optimizers.roots import Repair, Root, roots_for
@@ -45,6 +47,9 @@ def bench(mlp: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
     made.close()
 
 
+FORECAST = Forecast(search=60, held_out=60, rows=1, workers=1)
+
+
 def root_of(step: Light, name: str = "light", family: str = "light", **fields: object) -> Root:
     return Root(name, family, "int8", (step,), **fields)
 
@@ -55,12 +60,14 @@ def explore(
     base: Chain = BASE,
     gate: Gate = GATE,
     wants_speed: bool = True,
-    left_s: float = 600.0,
+    budget: Budget | None = None,
+    forecast: Forecast = FORECAST,
+    observe: Observe = lambda *_: None,
 ) -> Found:
     """Explore from a base that bears a burden, so that what sheds it is faster beyond all noise."""
     baseline = bench.line.build("fp32", base, "fp32", exact=True)
-    quest = Quest(base, baseline, gate, wants_speed, time.monotonic() + left_s, 0)
-    return Explorer(bench.line, bench.exam, bench.track, bench.context, quest, lambda *_: None).run(roots)
+    quest = Quest(base, baseline, gate, wants_speed, budget or Budget(), forecast, 0)
+    return Explorer(bench.line, bench.exam, bench.track, bench.context, quest, observe).run(roots)
 
 
 def outcomes(found: Found) -> list[tuple[str, str]]:
@@ -234,24 +241,179 @@ def test_accuracy_on_labels_counts_as_well(bench: Bench):
     assert outcomes(found)[-1] == ("light + restore", "kept")
 
 
-def test_no_member_and_no_repair_starts_when_the_time_is_spent(bench: Bench):
-    roots = (root_of(COARSE, "a", repairs=(RESTORE,)), root_of(FINE, "b"))
-    found = explore(bench, *roots, left_s=0.02)  # less than the first one takes
-    assert outcomes(found) == [("a", "tried"), ("b", "not tried"), ("restore", "not tried")]
-    assert {step.reason for step in found.steps[1:]} == {"the time budget is spent"}
-    assert found.appraised[0].failure.startswith("agreement at most")
+class Known(Forecast):
+    """Predicts 2 s for an appraisal, 1 s of which is its race, and 5 s for a trial; 1 s for that of a slow form."""
+
+    def glance_s(self, cost: Cost) -> float:
+        return 1.0
+
+    def race_s(self, costs: Sequence[Cost], sizes: Collection[int], budget_s: float = 0.0) -> float:
+        return 1.0
+
+    def trial_s(self, cost: Cost) -> float:
+        return 5.0
 
 
-def test_mixed_precision_does_not_start_when_the_time_is_spent(bench: Bench):
-    found = explore(bench, root_of(COARSE, mixes=True), left_s=0.02)
-    assert outcomes(found) == [("light", "tried"), ("mixed precision", "not tried")]
+class Clock:
+    """Stands still until a stage begins, and is then ``late_s`` seconds later."""
+
+    def __init__(self, stage: str = "", late_s: float = 0.0) -> None:
+        self.now_s, self._stage, self._late_s = 0.0, stage, late_s
+
+    def __call__(self) -> float:
+        return self.now_s
+
+    def observe(self, stage: str, _: float) -> None:
+        self.now_s = self._late_s if self._stage and stage.startswith(self._stage) else self.now_s
+
+
+def explore_within(
+    bench: Bench, left_s: float, *roots: Root, clock: Clock | None = None, base: Chain = BASE
+) -> tuple[Found, Budget]:
+    """Explore with known needs and a clock of its own; return what was found, and the budget as it was left."""
+    clock = clock or Clock()
+    budget = Budget(left_s, clock)
+    budget.begin()
+    forecast = Known(60, 60, 1, 1)
+    return explore(bench, *roots, base=base, budget=budget, forecast=forecast, observe=clock.observe), budget
+
+
+NEEDS = "would not finish within the time budget (needs about {} s)"
+
+
+def test_root_starts_only_if_its_appraisal_and_its_trial_fit(bench: Bench):
+    found, budget = explore_within(bench, 6.9, root_of(FINE))
+    assert outcomes(found) == [("light", "not tried")]
+    (light,) = found.appraised
+    assert found.steps[0].reason == light.failure == light.built.failure == NEEDS.format(7)
+    assert [record.name for record in bench.line.records] == ["burden"]
+    assert budget.left_s() == 6.9
+    found, budget = explore_within(bench, 7.0, root_of(FINE))
+    assert outcomes(found) == [("light", "tried")]
+    assert budget.left_s() == 2.0, "the trial of what was found is reserved"
 
 
 def test_no_family_starts_when_the_time_is_spent(bench: Bench):
-    found = explore(bench, root_of(FINE, "a"), root_of(FINE, "b", "other", pruned="no GPU is in use"), left_s=-1)
+    roots = (root_of(FINE, "a"), root_of(FINE, "b", "other", pruned="no GPU is in use"))
+    found, _ = explore_within(bench, 0.0, *roots)
     assert outcomes(found) == [("a", "not tried"), ("b", "pruned")]
     assert by_name(found)["a"].failure == found.steps[0].reason == "the time budget is spent"
-    assert [record.name for record in bench.line.records] == ["burden"]
+
+
+def test_other_member_must_fit_beside_the_proof_of_the_first(bench: Bench):
+    roots = (root_of(COARSE, "a"), root_of(FINE, "b"))
+    found, _ = explore_within(bench, 11.9, *roots)
+    assert outcomes(found) == [("a", "tried"), ("b", "not tried")]
+    assert reason_of(found, "b") == NEEDS.format(7)
+    found, budget = explore_within(bench, 12.0, *roots)
+    assert outcomes(found) == [("a", "tried"), ("b", "tried")]
+    assert budget.left_s() == 7.0, "only the better one has a trial"
+
+
+def test_time_of_a_candidate_that_is_dropped_is_free_for_others(bench: Bench):
+    found, budget = explore_within(bench, 7.0, root_of(COARSE, "a"), root_of(FINE, "b", "other"))
+    assert outcomes(found) == [("a", "tried"), ("b", "tried")]
+    assert by_name(found)["a"].failure.startswith("agreement at most")
+    assert budget.left_s() == 2.0
+
+
+def test_candidate_that_is_slower_needs_time_for_its_first_race_only(bench: Bench):
+    slow = Root("slow", "slow", "int8", (Burden(), Light(512, burdened=True)))
+    _, budget = explore_within(bench, 7.0, slow, base=())
+    assert budget.left_s() == 6.0
+
+
+@pytest.mark.parametrize(("left_s", "reason"), [(1.9, NEEDS.format(2)), (0.0, "the time budget is spent")])
+@pytest.mark.parametrize(
+    ("fields", "stage", "what"),
+    [({"repairs": (RESTORE,)}, "repair", "restore"), ({"mixes": True}, "sensitivity", "mixed precision")],
+)
+def test_nothing_is_repaired_without_time_for_it(
+    bench: Bench, fields: dict[str, object], stage: str, what: str, left_s: float, reason: str
+):
+    clock = Clock(stage, 2.0 - left_s)
+    found, _ = explore_within(bench, 7.0, root_of(COARSE, **fields), clock=clock)
+    assert outcomes(found) == [("light", "tried"), (what, "not tried")]
+    assert reason_of(found, what) == reason
+    assert found.appraised[0].failure.startswith("agreement at most"), "it is judged as it is"
+
+
+def test_repair_needs_no_trial_of_its_own(bench: Bench):
+    found, budget = explore_within(bench, 7.0, root_of(COARSE, repairs=(RESTORE,)))
+    assert outcomes(found) == [("light", "tried"), ("light + restore", "kept")]
+    assert budget.left_s() == 2.0
+
+
+def test_pass_is_stopped_early_enough_to_appraise_its_result(bench: Bench, monkeypatch: pytest.MonkeyPatch):
+    seen: list[float] = []
+
+    def run(_: Nursery, folder: Path, limit_s: float, memory_bytes: int) -> str:
+        seen.append(limit_s)
+        return "stopped"
+
+    baseline = bench.line.build("fp32", BASE, "fp32", exact=True)
+    monkeypatch.setattr(Nursery, "run", run)
+    clock = Clock()
+    budget = Budget(50.0, clock)
+    budget.begin()
+    bench.line._workshop = replace(bench.workshop, budget=budget)
+    quest = Quest(BASE, baseline, GATE, True, budget, Known(60, 60, 1, 1), 0)
+    explorer = Explorer(bench.line, bench.exam, bench.track, bench.context, quest, clock.observe)
+    assert outcomes(explorer.run([root_of(FINE)])) == [("light", "dropped")]
+    assert seen == [43.0], "2 s for the appraisal and 5 s for the trial are kept back"
+    assert budget.left_s() == 50.0
+
+
+def test_candidate_whose_comparison_would_take_too_long_is_dropped_after_its_build(bench: Bench):
+    class Slower(Known):
+        def glance_s(self, cost: Cost) -> float:
+            return 1.0 if cost is bench.track.cost("fp32") else 20.0
+
+    bench.track.enter(bench.line.build("fp32", BASE, "fp32", exact=True))
+    budget = Budget(10.0, lambda: 0.0)
+    budget.begin()
+    found = explore(bench, root_of(FINE), budget=budget, forecast=Slower(60, 60, 1, 1))
+    assert outcomes(found) == [("light", "dropped")]
+    assert reason_of(found, "light") == NEEDS.format(21)
+    assert budget.left_s() == 10.0
+
+
+def test_candidate_whose_proof_would_take_too_long_is_dropped_with_what_was_seen(bench: Bench):
+    class Slower(Known):
+        def trial_s(self, cost: Cost) -> float:
+            return 5.0 if cost is bench.track.cost("fp32") else 30.0
+
+    bench.track.enter(bench.line.build("fp32", BASE, "fp32", exact=True))
+    budget = Budget(10.0, lambda: 0.0)
+    budget.begin()
+    found = explore(bench, root_of(FINE), budget=budget, forecast=Slower(60, 60, 1, 1))
+    assert outcomes(found) == [("light", "dropped")]
+    (light,) = found.appraised
+    assert light.failure.startswith(f"not proven: {NEEDS.format(30)}; agreement 1.000, ")
+    assert budget.left_s() == 10.0
+
+
+def test_only_candidates_that_go_on_have_a_session(bench: Bench):
+    roots = (
+        root_of(GARBLED, "worst"),
+        root_of(COARSE, "repaired", repairs=(WORSEN, RESTORE)),
+        root_of(COARSE, "dropped", "other"),
+        Root("broken", "broken", "int8", (NotANumber(),)),
+        root_of(FINE, "fine", "fine"),
+    )
+    found = explore(bench, *roots)
+    alive = {name for name, appraisal in by_name(found).items() if not appraisal.failure}
+    assert alive == {"repaired", "fine"}
+    assert set(bench.track._sessions) == {"original", "fp32", *alive}
+
+
+def test_progress_never_goes_back(bench: Bench):
+    seen: list[float] = []
+    roots = (root_of(COARSE, "a", repairs=(WORSEN, RESTORE), mixes=True), root_of(COARSE, "b", "other", mixes=True))
+    explore(bench, *roots, observe=lambda _, share: seen.append(share))
+    assert len(seen) == 5
+    assert seen == sorted(seen)
+    assert seen[-1] < 1
 
 
 def test_mixed_precision_needs_a_quantizer_of_layers(bench: Bench):

@@ -8,6 +8,7 @@ from optimizers.fidelity import (
     compare,
     decision_for,
     describe,
+    describe_accuracy,
     improves,
     promise,
     wilson,
@@ -262,7 +263,13 @@ def test_worse_joins_the_new_numbers_too():
     slices = slices_of({"y": reference}, "top1")
     parts = [compare({"y": reference}, {"y": y}, "top1", labels, slices) for y in (one, two)]
     joined = worse(*parts)
-    for name, pick in {"top5_agreement": min, "kl": max, "cosine_low": min, "accuracy_drop_high": max}.items():
+    for name, pick in {
+        "top5_agreement": min,
+        "kl": max,
+        "cosine_low": min,
+        "accuracy_drop_high": max,
+        "accuracy_difference_low": min,
+    }.items():
         assert getattr(joined, name) == pick(getattr(part, name) for part in parts), name
         assert len({getattr(part, name) for part in parts}) == 2, name
     assert joined.sqnr_by_output == {"y": joined.sqnr_db}
@@ -279,12 +286,14 @@ def test_worse_of_one_without_slices_keeps_those_of_the_other():
 def test_evaluator_stands_in_the_place_of_the_accuracy_whatever_the_decision():
     def error(outputs, labels):
         assert labels is None
-        return -float(np.abs(outputs["price"] - reference["price"]).mean())
+        return -float(np.abs(outputs["price"]).max())
 
-    reference = {"price": scores(classes=1)}
+    reference = {"price": np.abs(scores(classes=1))}
+    most = float(reference["price"].max())
     found = compare(reference, {"price": reference["price"] + 1}, "close", evaluate=error)
-    assert (found.accuracy, found.accuracy_original) == (pytest.approx(-1), 0)
+    assert (found.accuracy, found.accuracy_original) == (pytest.approx(-most - 1), pytest.approx(-most))
     assert found.accuracy_drop_high is None
+    assert found.accuracy_difference_low == pytest.approx(-1)
 
 
 def test_evaluator_that_fails_on_the_original_ends_the_run_and_on_the_candidate_refuses_it():
@@ -364,3 +373,37 @@ def test_improvement_to_nan_is_a_failure():
     reference = {"y": scores()}
     with pytest.raises(PassFailed, match="NaN"):
         improves(reference, reference, {"y": reference["y"] * np.float32("nan")})
+
+
+def test_difference_of_accuracies_has_a_lower_bound_from_pairs():
+    reference = scores(400)
+    labels = np.where(np.arange(400) < 200, reference.argmax(axis=1), -1)  # no one is ever right in the second half
+    candidate = reference.copy()
+    candidate[:20] *= -1
+    found = compare({"y": reference}, {"y": candidate}, "top1", labels)
+    assert found.accuracy_difference_low == pytest.approx(-0.05 - 1.96 * np.sqrt(0.05 * 0.95 / 400), abs=0.004)
+    assert compare({"y": reference}, {"y": reference}, "top1", labels).accuracy_difference_low == 0.0
+    assert compare({"y": reference}, {"y": candidate}, "top1").accuracy_difference_low is None
+
+
+def test_accuracy_is_said_beside_the_original_s():
+    reference = scores()
+    candidate = reference.copy()
+    candidate[:4] *= -1
+    found = compare({"y": reference}, {"y": candidate}, "top1", reference.argmax(axis=1))
+    low = found.accuracy_difference_low
+    expected = f"accuracy 0.960, the original's 1.000 (difference -0.040, 95 % lower bound {low:+.3f})"
+    assert describe_accuracy(found) == expected
+    assert describe_accuracy(compare({"y": reference}, {"y": candidate}, "top1")) == ""
+
+
+def test_named_classes_have_an_accuracy_and_a_divergence_of_their_own():
+    """Unnamed, the first table of scores would decide."""
+    other, reference = scores(seed=5), scores()
+    candidate = reference.copy()
+    candidate[:4] *= -1
+    outputs = {"other": other, "y": reference}
+    found = compare(outputs, {"other": other, "y": candidate}, "top1 of y", reference.argmax(axis=1))
+    assert (found.agreement, found.accuracy, found.accuracy_original) == (0.96, 0.96, 1.0)
+    assert found.kl == pytest.approx(compare({"y": reference}, {"y": candidate}, "top1").kl)
+    assert compare(outputs, {"other": other, "y": candidate}, "close of other").kl is None

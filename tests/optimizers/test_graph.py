@@ -104,8 +104,31 @@ def test_large_weights_go_into_a_second_file_and_stay_in_the_model(
     save_model(model, tmp_path / "large.onnx")
     assert model.SerializeToString() == before
     assert (tmp_path / "large.onnx.data").stat().st_size > 1000
+    outside = [
+        t for t in onnx.load(tmp_path / "large.onnx", load_external_data=False).graph.initializer if not t.raw_data
+    ]
+    offsets = [int(entry.value) for tensor in outside for entry in tensor.external_data if entry.key == "offset"]
+    assert len(offsets) > 1
+    assert all(offset % 4096 == 0 for offset in offsets)  # so that sessions can map them
+    again = load_model(tmp_path / "large.onnx")
+    for tensor in again.graph.initializer:
+        tensor.ClearField("data_location")  # reading sets it to where the weights are now, which is the default
+    assert again == model
     session = Session(tmp_path / "large.onnx", Device("cpu"), SessionOptions())
     assert session.run({"x": np.zeros((1, 64), np.float32)})["y"].shape == (1, 10)
+
+
+def test_every_field_of_a_large_model_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = onnx.load(save_mlp(tmp_path / "model.onnx"))
+    model.producer_name, model.graph.doc_string = "a tool", "a graph"
+    model.metadata_props.add(key="made", value="once")
+    model.graph.initializer[0].segment.end = 7
+    monkeypatch.setattr(graph, "_LARGEST_FILE_BYTES", 1000)
+    save_model(model, tmp_path / "large.onnx")
+    read = load_model(tmp_path / "large.onnx")
+    assert (read.producer_name, read.graph.doc_string) == ("a tool", "a graph")
+    assert read.metadata_props == model.metadata_props
+    assert read.graph.initializer[0].segment.end == 7
 
 
 def test_checked_models_are_valid_and_below_the_ceilings() -> None:

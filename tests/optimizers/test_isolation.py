@@ -10,11 +10,13 @@ from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import onnx
 import pytest
 from msgspec.structs import replace
 
+from optimizers.budget import Budget
 from optimizers.errors import PassFailed
 from optimizers.evidence import run_singly
 from optimizers.isolation import Finding, Form, Probe, Workshop, nursery_of_passes, run_isolated
@@ -79,6 +81,21 @@ class Hang(Step):
     def run(self, model: onnx.ModelProto, context: PassContext) -> PassResult:
         threading.Event().wait()
         raise AssertionError
+
+
+class Gated(msgspec.Struct, frozen=True):
+    """Waits until a file is there."""
+
+    gate: str = ""
+
+    @property
+    def spec(self) -> PassSpec:
+        return PassSpec("gated", 1, "exact")
+
+    def run(self, model: onnx.ModelProto, context: PassContext) -> PassResult:
+        while not Path(self.gate).exists():
+            threading.Event().wait(0.01)
+        return PassResult(model, changed=False)
 
 
 class Exit(Step):
@@ -261,6 +278,43 @@ def test_pass_that_hangs_is_stopped(mlp: Path, workshop: Workshop):
 def test_pass_that_eats_memory_is_stopped(mlp: Path, workshop: Workshop):
     finding = run(Hoard(), mlp, replace(workshop, memory_bytes=700_000_000))
     assert re.fullmatch(r"stopped at 0\.[7-9] GB of memory; allowed are 0\.7 GB", finding.failure)
+
+
+def within(workshop: Workshop, left_s: float) -> Workshop:
+    budget = Budget(left_s)
+    budget.begin()
+    return replace(workshop, budget=budget)
+
+
+def test_pass_is_stopped_when_the_time_budget_is_spent_and_may_go_well_next_time(mlp: Path, workshop: Workshop):
+    finding = run(Gated(str(workshop.context.work / "gate")), mlp, within(workshop, 0.5))
+    assert re.fullmatch(r"stopped after [01] s: the time budget is spent", finding.failure)
+    (workshop.context.work / "gate").touch()
+    again = run(Gated(str(workshop.context.work / "gate")), mlp, workshop)
+    assert (again.failure, again.cached) == ("", False)
+
+
+def test_time_limit_of_a_pass_holds_within_the_time_budget(mlp: Path, workshop: Workshop):
+    short = replace(within(workshop, 600.0), timeout_s=0.5)
+    assert run(Hang(), mlp, short).failure == "stopped after 0.5 s without a result"
+
+
+def test_pass_that_took_longer_than_what_is_left_does_not_start(mlp: Path, workshop: Workshop):
+    run(Rename(), mlp, workshop)
+    other = replace(form_of(mlp), sha256="other")
+    (place,) = workshop.store.folder.glob("*/*/seconds.json")
+    place.write_text("42.5")
+    finding = run_isolated(Rename(), other, within(workshop, 40.0))
+    assert finding.failure == "would not finish within the time budget (needs about 43 s)"
+    assert finding.seconds == 0.0
+    assert run_isolated(Rename(), other, within(workshop, 44.0)).failure == ""
+    assert run_isolated(Nothing(), other, within(workshop, 40.0)).failure == "", "nothing is known of another pass"
+
+
+def test_what_is_in_the_store_needs_no_time(mlp: Path, workshop: Workshop):
+    run(Rename(), mlp, workshop)
+    assert run(Rename(), mlp, within(workshop, 0.0)).cached
+    assert run(Nothing(), mlp, within(workshop, 0.0)).failure == "the time budget is spent"
 
 
 def test_same_job_is_answered_from_the_store(mlp: Path, workshop: Workshop):

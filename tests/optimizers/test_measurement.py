@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from optimizers import measurement
-from optimizers.measurement import Race, RacePlan, Sample, median_interval, race
+from optimizers.measurement import Comparison, Race, RacePlan, Sample, median_interval, race
 
 BATCHES = {rows: {"x": np.zeros((rows, 1), np.float32)} for rows in (1, 8)}
 
@@ -150,3 +150,17 @@ def test_progress_ends_at_one(clock: Clock):
     race({"a": Worker("a", clock, 0.1, [])}, BATCHES, plan=plan, progress=seen.append)
     assert seen == sorted(seen)
     assert seen[-1] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "text"),
+    [
+        (0.9712, 0.9963, "(0.97-0.996)"),
+        (1.0042, 1.0961, "(1.004-1.10)"),
+        (0.95, 0.99996, "(0.95-0.99996)"),
+        (0.97, 1.0, "(0.97-1.00)"),
+        (0.994, 1.006, "(0.99-1.01)"),
+    ],
+)
+def test_rounding_does_not_hide_on_which_side_of_1_an_interval_ends(low: float, high: float, text: str):
+    assert str(Comparison(8, 0.98, low, high, 30, 1.0)) == f"0.98x {text} at batch 8"

@@ -1,7 +1,8 @@
 """Mixed precision: the layers that stay in float, and when an earlier search for them counts."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -10,9 +11,10 @@ from msgspec.structs import replace
 from onnx import numpy_helper
 
 from optimizers import mixing
+from optimizers.budget import Budget
 from optimizers.building import Chain
 from optimizers.errors import PassFailed
-from optimizers.mixing import Accept, Mixed, mix
+from optimizers.mixing import Accept, Lab, Mixed, mix
 from optimizers.passes import Pass
 from optimizers.passes.adaround import AdaRound
 from optimizers.passes.bias_correction import BiasCorrection
@@ -20,6 +22,7 @@ from optimizers.passes.int8_dynamic import Int8Dynamic
 from optimizers.passes.int8_static import Int8Static
 from optimizers.passes.smoothquant import SmoothQuant
 from optimizers.search import Gate
+from optimizers.sensitivity import FloatSet
 from tests.models import save_mlp
 from tests.optimizers.test_building import Bench, Light, without_processes
 from tests.optimizers.test_isolation import Rename
@@ -43,8 +46,8 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
     made.close()
 
 
-def mixed_of(bench: Bench, *chain: Pass, gate: Gate = GATE, base: Chain = ()) -> Mixed:
-    return mix(bench.line, base, chain, bench.context, bench.exam, Accept(gate))
+def mixed_of(bench: Bench, *chain: Pass, gate: Gate = GATE, base: Chain = (), budget: Budget | None = None) -> Mixed:
+    return mix(bench.line, base, chain, Lab(bench.context, bench.exam, Accept(gate), budget or Budget()))
 
 
 @pytest.mark.parametrize("step", [Int8Static(), Int8Dynamic()], ids=["static", "dynamic"])
@@ -101,3 +104,46 @@ def test_gate_that_nothing_passes_finds_no_set(bench: Bench):
 def test_chain_without_an_int8_pass_is_refused(bench: Bench):
     with pytest.raises(PassFailed, match="light quantizes no layers one by one"):
         mixed_of(bench, Light())
+
+
+class Steps:
+    """A clock on which every look takes a second more."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def __call__(self) -> float:
+        self.now_s += 1.0
+        return self.now_s
+
+
+def limited(left_s: float, clock: Callable[[], float]) -> Budget:
+    budget = Budget(left_s, clock)
+    budget.begin()
+    return budget
+
+
+def test_search_that_cannot_end_in_time_is_given_up_after_the_first_layer(bench: Bench):
+    with pytest.raises(PassFailed, match=r"would not finish within the time budget \(needs about \d+ s\)"):
+        mixed_of(bench, Int8Static(), budget=limited(8.0, Steps()))
+    with pytest.raises(PassFailed, match="the time budget is spent"):
+        mixed_of(bench, Int8Static(), budget=limited(0.0, lambda: 0.0))
+
+
+def test_search_that_was_cut_short_says_so_and_is_not_kept(bench: Bench, monkeypatch: pytest.MonkeyPatch):
+    budget = limited(1000.0, lambda: 0.0)
+    search = mixing.smallest_float_set
+
+    def late(*arguments: Any, **options: Any) -> FloatSet | None:
+        budget.reserve("others", 1000.0)
+        return search(*arguments, **options)
+
+    monkeypatch.setattr(mixing, "smallest_float_set", late)
+    cut = mixed_of(bench, Int8Static(), budget=budget)
+    assert cut.keep is not None
+    assert len(cut.keep) == 2, "the first set that was accepted: all layers"
+    assert cut.reason.endswith("; cut short: the time budget is spent")
+    monkeypatch.undo()
+    whole = mixed_of(bench, Int8Static())
+    assert len(whole.keep or ()) == 1
+    assert "cut short" not in whole.reason

@@ -14,7 +14,7 @@ from optimizers.errors import CalibrationError, ModelError, OptimizerError
 from optimizers.evidence import run_singly
 from optimizers.isolation import SERVING
 from optimizers.pipeline import existing, optimize
-from optimizers.recipe import Recipe
+from optimizers.recipe import Recipe, VariantPlan
 from optimizers.report import Report, read_report
 from optimizers.request import OptimizeRequest
 from optimizers.roots import Root
@@ -67,7 +67,7 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> OptimizeRequest:
         calibration=folder / "data.npz",
         labels=folder / "labels.npz",
         command="slipstream optimize mlp.onnx",
-        time_budget_s=60.0,
+        time_budget_s=120.0,
     )
 
 
@@ -209,6 +209,29 @@ def test_without_data_only_exact_variants_are_made_in_the_next_version(artifact:
     assert read_artifact(artifact.folder) == artifact
 
 
+def test_candidates_that_the_time_budget_leaves_out_say_so(mlp: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(pipeline, "EXACT", ())
+    np.savez(tmp_path / "data.npz", x=np.random.default_rng(0).standard_normal((120, 64)).astype(np.float32))
+    made = optimize(request_for(mlp, tmp_path / "models", calibration=tmp_path / "data.npz", recipe=RECIPE))
+    report = read_report(made.folder)
+    assert [variant.name for variant in made.variants] == ["fp32"]
+    left_out = {step.what: step.reason for step in report.steps if step.outcome == "not tried"}
+    assert {"int8-dynamic", "int8-static", "fp16"} <= left_out.keys()
+    assert set(left_out.values()) == {"the time budget is spent"}
+    reasons = {record.name: record.reason for record in report.candidates}
+    assert reasons["int8-dynamic"] == "the time budget is spent"
+
+
+def test_recipe_with_variants_is_not_cut_by_the_time_budget(mlp: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    np.savez(tmp_path / "data.npz", x=np.random.default_rng(0).standard_normal((120, 64)).astype(np.float32))
+    passes = ({"pass": "sanitize"}, {"pass": "int8-dynamic"})
+    plan = VariantPlan("int8-dynamic", "int8-dynamic", passes)
+    recipe = msgspec.structs.replace(RECIPE, variants=(plan,))
+    made = optimize(request_for(mlp, tmp_path / "models", calibration=tmp_path / "data.npz", recipe=recipe))
+    (record,) = (record for record in read_report(made.folder).candidates if record.name == "int8-dynamic")
+    assert record.latency is not None, "it was built and raced"
+
+
 def test_other_data_make_the_next_version_and_each_is_found_again(
     mlp: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -235,7 +258,7 @@ def test_candidate_below_the_wanted_agreement_is_refused_and_not_written(
     np.savez(tmp_path / "data.npz", x=np.random.default_rng(0).standard_normal((120, 64)).astype(np.float32))
     strict = msgspec.structs.replace(RECIPE, min_agreement=1.0)
     made = optimize(
-        request_for(mlp, tmp_path / "models", calibration=tmp_path / "data.npz", recipe=strict, time_budget_s=10.0)
+        request_for(mlp, tmp_path / "models", calibration=tmp_path / "data.npz", recipe=strict, time_budget_s=60.0)
     )
     (record,) = (record for record in read_report(made.folder).candidates if record.name == "coarser")
     assert record.verdict == "refused"

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -19,6 +20,7 @@ from optimizers.search import Knobs
 from optimizers.store import Store
 from server.artifact import SessionOptions, digest_of
 from server.errors import InferenceFailed, SlipstreamError
+from server.session import Session
 from tests.models import save_mlp
 
 PLAN = RacePlan(budget_s=0.0, min_rounds=3, least_rounds=3, max_rounds=3, sample_s=1e-5)
@@ -206,3 +208,52 @@ def test_batch_repeats_samples_when_there_are_too_few():
     rows = np.concatenate([singles[i]["x"] for i in (0, 1, 2, 0, 1)])
     np.testing.assert_array_equal(batch_of(singles, 5)["x"], rows)
     assert batch_of(singles, 1) is singles[0]
+
+
+def test_who_leaves_has_no_session_until_it_enters_again(track: Track, mlp: Path):
+    built, (single, *_) = built_of(mlp), singles_of()
+    left = track.session(track.enter(built))
+    expected = left.run(single)["y"]
+    track.leave(built)
+    with pytest.raises(InferenceFailed, match="closed"):
+        left.run(single)
+    for forgotten in (track.session, track.cost):
+        with pytest.raises(KeyError):
+            forgotten("a")
+    track.leave(built)  # twice does no harm
+    np.testing.assert_array_equal(track.session(track.enter(built)).run(single)["y"], expected)
+
+
+def test_race_of_who_left_and_came_back_is_not_measured_again(track: Track, mlp: Path, measured: list[tuple[str, ...]]):
+    first = raced(track, "original", track.enter(built_of(mlp)))
+    track.leave(built_of(mlp))
+    assert raced(track, "original", track.enter(built_of(mlp))) == first
+    assert len(measured) == 1
+
+
+def test_other_settings_stay_when_the_plain_ones_leave(track: Track, mlp: Path):
+    other = track.enter(built_of(mlp), Knobs(2))
+    track.enter(built_of(mlp))
+    track.leave(built_of(mlp))
+    assert track.session(other).run(singles_of()[0])
+
+
+def test_cost_names_every_batch_size_in_seconds(track: Track, mlp: Path):
+    cost = track.cost(track.enter(built_of(mlp)))
+    assert set(cost) == set(ROWS)
+    assert all(0 < seconds < 1 for seconds in cost.values())
+
+
+def test_session_that_fails_on_entering_is_closed(track: Track, mlp: Path, monkeypatch: pytest.MonkeyPatch):
+    made: list[Session] = []
+
+    def opened(*arguments: Any) -> Session:
+        made.append(Session(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr(racing, "Session", opened)
+    track.batches[8] = {"x": np.zeros((8, 63), np.float32)}
+    with pytest.raises(InferenceFailed):
+        track.enter(built_of(mlp))
+    with pytest.raises(InferenceFailed, match="closed"):
+        made[0].run(singles_of()[0])

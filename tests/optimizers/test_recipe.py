@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from optimizers.errors import RecipeError
-from optimizers.recipe import Recipe, read_recipe
+from optimizers.recipe import Recipe, VariantPlan, read_recipe, write_recipe
 
 
 def write(tmp_path: Path, text: str) -> Path:
@@ -37,6 +37,11 @@ def test_keys_that_are_left_out_have_their_defaults(tmp_path: Path) -> None:
         ("calibration_samples = 0", "calibration_samples"),
         ("holdout_samples = 0", "holdout_samples"),
         ("seed = -1", "seed"),
+        ("decisions = 'top1'", "decisions"),
+        (
+            "[decisions]\ny = 'best'",
+            "decision of output 'y' is 'best'; it must be one of top1, binary, .*, near, close",
+        ),
         ("precisions = [", "recipe.toml"),
     ],
 )
@@ -60,3 +65,21 @@ def test_digest_follows_values_and_not_the_layout(tmp_path: Path) -> None:
     other = read_recipe(write(tmp_path, "# a comment\nmin_agreement = 0.990\n\nseed = 1\n"))
     assert one.digest() == other.digest()
     assert one.digest() != Recipe(seed=2).digest()
+
+
+def test_decisions_are_part_of_the_digest() -> None:
+    named = Recipe(decisions={"y": "close", "z": "top1"})
+    assert named.digest() == Recipe(decisions={"z": "top1", "y": "close"}).digest()
+    assert len({named.digest(), Recipe(decisions={"y": "near", "z": "top1"}).digest(), Recipe().digest()}) == 3
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        Recipe(),
+        Recipe(compressions=(), slo_ms=2.5, decisions={"a/b 'c'": "near", "y": "close"}),
+        Recipe(variants=(VariantPlan("a", "fp32", ()),), decisions={"y": "top1"}),
+    ],
+)
+def test_written_recipe_is_read_back(tmp_path: Path, recipe: Recipe) -> None:
+    assert read_recipe(write(tmp_path, write_recipe(recipe))) == recipe

@@ -135,6 +135,7 @@ def evidence(agreement: float, samples: int = 512) -> Fidelity:
         samples, agreement, agreement - 0.008, "top1", 0.9995, 0.97, 31.2, 0.913, 0.915,
         top5_agreement=0.998, kl=0.00123, sqnr_by_output={"logits": 31.2, "box": 44.0},
         worst_slice=Slice("class 3", 40, 0.925, 0.8), cosine_low=0.9994, accuracy_drop_high=0.0123,
+        accuracy_difference_low=-0.0117,
     )  # fmt: skip
 
 
@@ -332,7 +333,8 @@ def test_each_candidate_stands_with_its_verdict_numbers_and_reason(report: Repor
     chosen = words(bodies["int8-static"])
     for number in (
         "0.9960", "0.9880", "0.9980", "KL 0.0012", "0.99950", "0.97000", "31.2 dB", "worst of 2 outputs",
-        "0.9250", "class 3", "n=40", "0.9130", "of 0.9150", "drop ≤ 0.0123", "90.3 MB", "200.0 MB", "6.00", "38.99",
+        "0.9250", "class 3", "n=40", "0.9130", "of 0.9150", "drop ≤ 0.0123", "-0.0020, at least -0.0117",
+        "90.3 MB", "200.0 MB", "6.00", "38.99",
         "1.90x", "1.85-1.95 at 8", "smoothquant → int8-static(keep=[2]) → bias-correction", "first choice", "Pareto",
     ):  # fmt: skip
         assert number in chosen, number

@@ -18,6 +18,7 @@ from server.artifact import (
     Padding,
     SessionOptions,
     Slice,
+    digest_of,
     is_complete,
     read_artifact,
     read_golden,
@@ -275,3 +276,16 @@ def test_proofs_survive_a_round_trip(folder: Path):
     manifest = read_artifact(folder).manifest
     assert manifest.variants[0].fidelity == fidelity
     assert manifest.padding == padding
+
+
+def test_weights_beside_a_model_file_are_checked_and_the_name_stays(folder: Path):
+    weights = folder / "fp32" / "model.onnx.data"
+    weights.write_bytes(b"weights")
+    int8, fp32 = read_artifact(folder).variants
+    fp32 = msgspec.structs.replace(fp32, weights={weights.name: digest_of(weights)})
+    edit_manifest(folder, variants=(int8, fp32))
+    artifact = read_artifact(folder)
+    assert (artifact.name, artifact.version) == ("mlp", "3")
+    weights.write_bytes(b"others")
+    with pytest.raises(ArtifactError, match=r"model\.onnx\.data has SHA-256"):
+        read_artifact(folder)

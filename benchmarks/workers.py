@@ -78,7 +78,10 @@ def main() -> int:
                 ratio = statistics.median(ratios)
                 missed |= ratio < BAR
                 span = f"[{min(ratios):.2f}-{max(ratios):.2f}]"
-                print(f"{kind:<7} c={connections:<4} {before[0]:>10.0f} {after[0]:>10.0f} {ratio:>6.2f} {span:>12}", end="")
+                print(
+                    f"{kind:<7} c={connections:<4} {before[0]:>10.0f} {after[0]:>10.0f} {ratio:>6.2f} {span:>12}",
+                    end="",
+                )
                 print(f" {before[1]:>8.0f} {after[1]:>8.0f} {before[2]:>10.2f} {after[2]:>10.2f}", flush=True)
     print(f"bar: at least {BAR}: {'missed' if missed else 'kept'}")
     return int(missed)

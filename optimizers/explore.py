@@ -284,7 +284,9 @@ class Explorer:
         """Build the chain with a repair in it; keep it if the error on the search samples falls beyond chance."""
         start_s = self._budget.elapsed_s
         speed = best.speed if step.spec.produces == "fp32" else ()
-        built = self._build(root, tried, self._appraisal_s(best.cost, is_raced=not speed))
+        appraisal_s = self._appraisal_s(best.cost, is_raced=not speed)
+        # How long a repair takes is unknown at first. It gets half of what is left: others want time as well.
+        built = self._build(root, tried, max(appraisal_s, self._budget.left_s() / 2))
         appraisal = self._appraise(built, speed)
         name = f"{root.name} + {label_of(step)}"
         if appraisal.failure:

@@ -17,6 +17,9 @@ _ROUNDS = 7
 _RACES = 3
 """Races at all batch sizes; a trial has more, which leave out sizes or candidates and add up to as much."""
 
+_SETTINGS = 1
+"""Further races for a candidate that may be served: it tries other session settings."""
+
 _MEMORY_S = 1.0
 """To measure the memory of a session in a process of its own."""
 
@@ -61,7 +64,7 @@ class Forecast(msgspec.Struct, frozen=True):
 
     def trial_s(self, cost: Cost) -> float:
         """Return the seconds that one candidate adds to a trial."""
-        return self.proof_s(cost) + self.races_s([cost])
+        return self.proof_s(cost) + self.races_s([cost]) + _SETTINGS * self.race_s([cost], cost)
 
     def _batched_s(self, cost: Cost) -> float:
         return cost[self.rows] / self.rows

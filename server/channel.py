@@ -1,14 +1,14 @@
 """The connection of one front end with the engine: descriptors over a socket, large messages in shared memory.
 
-Each side allocates from a *slab* of its own that the other side only reads. What is posted in one iteration of the event
-loop leaves in one packet, so that under load many requests share a system call and a wake-up. A packet is a sequence of
-descriptors of fixed size::
+Each side allocates from a *slab* of its own that the other side only reads. What is posted in one iteration of the
+event loop leaves in one packet, so that under load many requests share a system call and a wake-up. A packet is a
+sequence of descriptors of fixed size::
 
     kind u8 | place u8 | - u16 | target u32 | id u64 | head bytes u32 | - u32 | offset u64 | size u64       (40 bytes)
 
 ``place`` says where the message lies: nowhere (there is none), *inline* behind the descriptor (small messages: a copy
-through the socket costs less than a block and its release), in the *slab* at ``offset``, or in memory *of its own*, whose
-descriptor travels along, for messages that would fill much of a slab.
+through the socket costs less than a block and its release), in the *slab* at ``offset``, or in memory *of its own*,
+whose descriptor travels along, for messages that would fill much of a slab.
 """
 
 import asyncio
@@ -47,8 +47,8 @@ _ANCILLARY_BYTES: Final = socket.CMSG_SPACE(_MAX_FILES * 4)
 
 
 Receive = Callable[[int, int, int, Buffer, int], None]
-"""Takes a descriptor: its kind, the number of a model, the number of a request, the message (empty if there is none), and
-how many bytes of it are its head."""
+"""Takes a descriptor: its kind, the number of a model, the number of a request, the message (empty if there is none),
+and how many bytes of it are its head."""
 
 
 class Channel:
@@ -94,6 +94,7 @@ class Channel:
         self._buffer = bytearray(PACKET_BYTES)
         self._view = memoryview(self._buffer)
         self._incoming: mmap.mmap | None = None
+        self._slab: mmap.mmap | None
         file, self._slab = create_memory(slab_bytes)
         self._loop.add_reader(connection, self._read)
         self._put(_DESCRIPTOR.pack(HELLO, _NOWHERE, 0, 0, 0, 0, slab_bytes), file)
@@ -112,7 +113,7 @@ class Channel:
         Raises:
             OSError: If the system has no memory for a large message.
         """
-        if self._is_lost:
+        if self._slab is None:
             return True
         if message is None:
             self._put(_DESCRIPTOR.pack(kind, _NOWHERE, target, request, 0, 0, 0))
@@ -199,9 +200,7 @@ class Channel:
     def _read(self) -> None:
         """Take one packet; the loop calls again while there are more."""
         try:
-            size, ancillary, _, _ = self._socket.recvmsg_into(
-                [self._buffer], _ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC
-            )
+            size, ancillary, _, _ = self._socket.recvmsg_into([self._buffer], _ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC)
         except (BlockingIOError, InterruptedError):
             return
         except OSError:
@@ -216,7 +215,11 @@ class Channel:
             self._lose()
 
     def _take(self, size: int, files: deque[int]) -> None:
-        """Take a packet of ``size`` bytes apart."""
+        """Take a packet of ``size`` bytes apart.
+
+        Raises:
+            ValueError: If it is not made of descriptors and messages; also many other errors, for a foreign message.
+        """
         position = 0
         while position < size and not self._is_lost:
             kind, place, target, request, head, offset, length = _DESCRIPTOR.unpack_from(self._buffer, position)
@@ -235,7 +238,11 @@ class Channel:
                 message = self._message(self._incoming, place, offset, offset, length)
             elif place == _OWN:
                 message = self._message(open_memory(files.popleft()), place, 0, offset, length)
+            elif place != _NOWHERE:
+                raise ValueError(f"no message lies at place {place}")
             self._received(kind, target, request, message, head)
+        if position > size:
+            raise ValueError(f"a packet of {size} bytes ends within a message")
 
     def _message(self, memory: mmap.mmap, place: int, start: int, token: int, length: int) -> Buffer:
         if self._leases:
@@ -272,6 +279,8 @@ class Channel:
 
     def _end(self) -> None:
         self._is_lost, self.is_open = True, False
+        # Unmapped now, or with the last lease, and not whenever this object is collected.
+        self._slab = self._incoming = None
         self._set_writing(False)
         self._loop.remove_reader(self._socket)
         self._socket.close()

@@ -24,10 +24,10 @@ logger = logging.getLogger(__name__)
 _HELP = {
     "host": "Address to listen on; 0.0.0.0 listens on every interface.",
     "port": "TCP port; 0 picks a free one, which the log names.",
-    "workers": "Front-end processes that read and write HTTP for one engine process with the models; with 1, one process "
-    "does it all. More than 1 needs Linux.",
-    "slab_bytes": "Memory that each front-end process shares with the engine for requests under way, in each direction; "
-    "only what is used is taken from the system.",
+    "workers": "Front-end processes that read and write HTTP for one engine process with the models; with 1, one "
+    "process does it all. More than 1 needs Linux.",
+    "slab_bytes": "Memory that each front-end process shares with the engine for requests under way, in each "
+    "direction; only what is used is taken from the system.",
     "gpu": "Serve on the GPU where it really works, else on the CPU (prefer); refuse to start without it (require); "
     "never look for it (off).",
     "cpu_instances": "Lanes, each with one thread, for the preferred CPU variant of a model; 0 means one per core.",

@@ -1,8 +1,8 @@
 """The engine process: the models, and everything else that is not HTTP, for the front ends of one machine.
 
-It serves one channel per front end. What a front end reads of a request's tensors lies in shared memory that the batch is
-assembled from. A front end that dies takes only its own requests along: those that wait are cancelled, and its memory is
-unmapped once no run reads from it any more.
+It serves one channel per front end. Large tensors of a request lie in memory that the front end wrote once, and the
+batch is assembled from there. A front end that dies takes only its own requests along: those that wait are cancelled,
+and its memory is unmapped once no run reads from it any more.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ from starlette.types import Message, Scope
 from server import channel
 from server.app import Application, create_app
 from server.channel import Channel
-from server.errors import SlipstreamError
+from server.errors import ModelNotReady, SlipstreamError, UnknownModel
 from server.infer import CANCELLED
 from server.logs import configure
 from server.messages import Buffer, Codecs, Encoded, Failure, Found, HttpAnswer, HttpRequest, Inferred
@@ -82,7 +82,7 @@ class Engine:
             UnknownModel: If there is no such name or version.
             ModelNotReady: If it takes no requests now.
         """
-        model = self.app.repository.get(name, version)
+        model = self._get(name, version)
         target = self._targets.get((name, version))
         if target is None:
             target = self._targets[name, version] = len(self._asked)
@@ -100,7 +100,7 @@ class Engine:
             ModelNotReady: If it takes no requests any more.
         """
         try:
-            model = self.app.repository.get(*self._asked[target])
+            model = self._get(*self._asked[target])
         except SlipstreamError:
             self._forget(target)
             raise
@@ -114,6 +114,15 @@ class Engine:
         if counter is None:
             counter = self._counters[name, version] = self.app.metrics.of_model(name, version)
         return counter
+
+    def _get(self, name: str, version: str) -> Model:
+        try:
+            return self.app.repository.get(name, version)
+        except UnknownModel:
+            if self.app.opening is not None and self.app.opening.done():
+                raise
+            # An engine that takes the place of another one is asked before it has looked at its models.
+            raise ModelNotReady(f"model '{name}' is not ready: the models are being opened") from None
 
     def _changed(self, target: int, model: Model) -> None:
         self._models[target] = model
@@ -194,7 +203,7 @@ class Connection:
             await self._engine.app(exchange.scope, exchange.receive, exchange.send)
         except asyncio.CancelledError:
             return
-        except Exception:  # noqa: BLE001  (the application has answered and raises for the log)
+        except Exception:  # the application has answered, and raises for the log
             logger.exception("internal error")
         finally:
             del self.tasks[number]

@@ -6,6 +6,7 @@ whatever else is asked for, but for whether the process lives, is answered by th
 """
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
@@ -28,6 +29,9 @@ from server.orders import Line, Note, Word
 from server.remote import RemoteCache, RemoteCounters, RemoteEngine, RemoteModels
 from server.settings import Settings, settings_from_text
 
+# How many connections a front end takes before it leaves the next ones to others, and for how long.
+_ACCEPTED_AT_ONCE = 4
+_ACCEPT_PAUSE_S = 0.001
 _LIVE, _READY = "/v2/health/live", "/v2/health/ready"
 
 
@@ -44,7 +48,7 @@ class FrontEnd:
 
     def __init__(self, settings: Settings, report: Callable[[Word], None]) -> None:
         self.settings, self.draining = settings, False
-        self.engine = RemoteEngine(settings.slab_bytes, self._check_open)
+        self.engine = RemoteEngine(settings.slab_bytes, self._check_open, lambda: report("lost"))
         self._report = report
         self._is_listening = False
         self._models = RemoteModels(self.engine)
@@ -67,7 +71,7 @@ class FrontEnd:
             if target is None:
                 await send_answer(send, await self._ask(scope, receive))
                 return
-            if scope["method"] == "POST":
+            if scope["method"] == "POST" and not self._models.knows(*target):
                 await self._models.look_up(*target)
         except ClientLeft:
             return
@@ -126,6 +130,8 @@ class FrontEndListener(Listener):
     def __init__(self, app: FrontEnd, listening: socket.socket, report: Callable[[Word], None]) -> None:
         super().__init__(app, listening)
         self._report = report
+        self._accepting: set[asyncio.Task[object]] = set()
+        self._is_closing = False
 
     async def serve_on_loop(self) -> None:
         """Serve until stopped."""
@@ -138,25 +144,29 @@ class FrontEndListener(Listener):
         self._stop.set()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:  # noqa: ARG002  (uvicorn's signature)
-        """Start to accept connections, one in each iteration of the loop.
+        """Start to accept connections, a few at a time, with a pause after each time.
 
         A front end that took all that wait, as event loops do, would leave none to the others.
         """
         await super().startup(sockets=[])
-        self._accepting: set[asyncio.Task[object]] = set()
-        asyncio.get_running_loop().add_reader(self._listening, self._accept)
+        self._loop = asyncio.get_running_loop()
+        self._watch_socket()
 
-    def _accept(self) -> None:
-        try:
-            accepted, _ = self._listening.accept()
-        except OSError:  # another front end has it, or there are no descriptors left; the loop calls again
-            return
-        accepted.setblocking(False)
-        accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        loop = asyncio.get_running_loop()
-        task = loop.create_task(loop.connect_accepted_socket(self._make_protocol, accepted))
-        self._accepting.add(task)
-        task.add_done_callback(self._accepting.discard)
+    def _watch_socket(self) -> None:
+        if self._loop is not None and not self._is_closing:
+            self._loop.add_reader(self._listening, self._accept, self._loop)
+
+    def _accept(self, loop: asyncio.AbstractEventLoop) -> None:
+        with contextlib.suppress(OSError):  # another front end has it, or there are no descriptors left
+            for _ in range(_ACCEPTED_AT_ONCE):
+                accepted, _ = self._listening.accept()
+                accepted.setblocking(False)
+                accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                task = loop.create_task(loop.connect_accepted_socket(self._make_protocol, accepted))
+                self._accepting.add(task)
+                task.add_done_callback(self._accepting.discard)
+        loop.remove_reader(self._listening)
+        loop.call_later(_ACCEPT_PAUSE_S, self._watch_socket)
 
     def handle_exit(self, sig: int, frame: object) -> None:
         """Ignore signals: a terminal or a service manager may send them to every process of the server."""
@@ -166,6 +176,8 @@ class FrontEndListener(Listener):
         self._report("draining")
 
     async def _close_socket(self) -> None:
+        self._is_closing = True
+        asyncio.get_running_loop().remove_reader(self._listening)
         await super()._close_socket()
         self._report("closed")
 

@@ -20,6 +20,7 @@ Word = Literal[
     "connected",  # from a front end: it accepts connections, and the engine answers
     "opened",  # from the engine: it has opened what it can
     "failed",  # from the engine: nothing can be served; the text says why
+    "lost",  # from a front end: the engine is gone, or the channel to it
     "draining",  # from all: the order to drain is carried out
     "closed",  # from a front end: its listening socket is closed
     "finished",  # from a front end: its requests are answered, or have had their time
@@ -42,6 +43,9 @@ class Line:
         connection: A connected ``SOCK_SEQPACKET`` socket; the line owns it.
         received: Called with every note and the descriptors that came with it, which it owns.
         lost: Called once when the other end is gone.
+
+    Attributes:
+        is_open: Whether neither end is closed, as far as this one knows.
     """
 
     def __init__(
@@ -54,11 +58,11 @@ class Line:
         self._socket, self._received, self._lost = connection, received, lost
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(connection, self._read)
-        self._is_open = True
+        self.is_open = True
 
     def send(self, word: Word, text: str = "", *files: int) -> None:
         """Send a note with copies of descriptors; does nothing when the other end is gone."""
-        if self._is_open:
+        if self.is_open:
             try:
                 socket.send_fds(self._socket, [msgspec.msgpack.encode(Note(word, text))], files)
             except OSError:
@@ -66,8 +70,8 @@ class Line:
 
     def close(self) -> None:
         """Close this end. Idempotent."""
-        if self._is_open:
-            self._is_open = False
+        if self.is_open:
+            self.is_open = False
             self._loop.remove_reader(self._socket)
             self._socket.close()
 
@@ -84,6 +88,6 @@ class Line:
             self._end()
 
     def _end(self) -> None:
-        if self._is_open:
+        if self.is_open:
             self.close()
             self._lost()

@@ -15,7 +15,7 @@ from server.channel import Channel
 from server.errors import ModelNotReady, QueueFull, Unavailable
 from server.messages import Buffer, Codec, Codecs, Encoded, Finished, Found, Inferred
 from server.serving import How
-from server.tensors import InferRequest, InferResponse, Signature
+from server.tensors import InferRequest, InferResponse
 
 # What a request waits for room in the memory that is shared with the engine, before it is refused.
 ROOM_TIMEOUT_S: Final = 0.1
@@ -33,9 +33,7 @@ class RemoteModel:
 
     async def infer(self, request: InferRequest) -> InferResponse:
         """Have the engine run one request; see ``RemoteEngine.call`` for what it raises."""
-        answer: Inferred = await self.engine.call(
-            channel.INFER, self.engine.codecs.infer.encode(request), self.target
-        )
+        answer: Inferred = await self.engine.call(channel.INFER, self.engine.codecs.infer.encode(request), self.target)
         return answer.response
 
 
@@ -47,18 +45,21 @@ class RemoteModels:
         self._known: dict[tuple[str, str], RemoteModel] = {}
         engine.forget = self._forget
 
+    def knows(self, name: str, version: str) -> bool:
+        """Return whether ``get`` finds this one."""
+        return (name, version) in self._known
+
     async def look_up(self, name: str, version: str) -> None:
-        """Have ``get`` know a model; asks the engine only for what is not known yet.
+        """Ask the engine for a model, so that ``get`` finds it.
 
         Raises:
             UnknownModel: If there is no such name or version.
             ModelNotReady: If it takes no requests now.
             Unavailable: If there is no engine.
         """
-        if (name, version) not in self._known:
-            message = self._engine.codecs.look_up.encode((name, version))
-            found: Found = await self._engine.call(channel.LOOK_UP, message)
-            self._known[name, version] = RemoteModel(self._engine, found)
+        message = self._engine.codecs.look_up.encode((name, version))
+        found: Found = await self._engine.call(channel.LOOK_UP, message)
+        self._known[name, version] = RemoteModel(self._engine, found)
 
     def get(self, name: str, version: str = "") -> RemoteModel:
         """Return a model that was looked up.
@@ -113,6 +114,7 @@ class RemoteEngine:
     Args:
         slab_bytes: Memory for requests under way, shared with the engine.
         connected: Called whenever an engine begins to answer.
+        lost: Called whenever an engine is gone.
 
     Attributes:
         reason: Why the engine cannot be asked now; empty when it can.
@@ -120,11 +122,11 @@ class RemoteEngine:
         forget: Called with the number of a model that changed, and with ``None`` when all are to be asked for anew.
     """
 
-    def __init__(self, slab_bytes: int, connected: Callable[[], None]) -> None:
+    def __init__(self, slab_bytes: int, connected: Callable[[], None], lost: Callable[[], None]) -> None:
         self.reason = _NOT_YET
         self.codecs = Codecs()
         self.forget: Callable[[int | None], None] | None = None
-        self._slab_bytes, self._connected = slab_bytes, connected
+        self._slab_bytes, self._connected, self._report_lost = slab_bytes, connected, lost
         self._channel: Channel | None = None
         self._calls: dict[int, asyncio.Future[Any]] = {}
         self._last_call = 0
@@ -146,10 +148,8 @@ class RemoteEngine:
         """
         if self._channel is not None:
             self._channel.close()
-            self._lost()
-        opened = Channel(
-            connection, self._slab_bytes, leases=False, received=self._receive, lost=self._lost
-        )
+            self._give_up()
+        opened = Channel(connection, self._slab_bytes, leases=False, received=self._receive, lost=self._lost)
         opened.made_room = self._wake
         self._channel = opened
         self._gone.clear()
@@ -158,8 +158,9 @@ class RemoteEngine:
         """Ask the engine; return its decoded answer. Cancelling the call cancels the request in the engine.
 
         Args:
-            kind: A kind of descriptor, ``target`` its model.
+            kind: A kind of descriptor.
             message: The request; its arrays are copied before the first wait for an answer.
+            target: The model that it is for.
 
         Raises:
             Unavailable: If there is no engine, or if it ends meanwhile.
@@ -242,6 +243,10 @@ class RemoteEngine:
             future.set_result(self._answers[kind].decode(message, head_bytes))
 
     def _lost(self) -> None:
+        self._give_up()
+        self._report_lost()
+
+    def _give_up(self) -> None:
         self._channel, self.reason = None, _GONE
         for future in self._calls.values():
             if not future.done():

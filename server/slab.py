@@ -1,7 +1,7 @@
 """Memory that two processes share: one of them allocates blocks in it, the other reads them and says when it is done.
 
-The memory has no name (``memfd_create``): its descriptor travels over a socket, and it is gone with the last process that
-maps it, however that process ends. Pages are taken from the system when they are first written.
+The memory has no name (``memfd_create``): its descriptor travels over a socket, and it is gone with the last process
+that maps it, however that process ends. Pages are taken from the system when they are first written.
 """
 
 import fcntl
@@ -19,9 +19,9 @@ _MIN_ORDER = MIN_BLOCK_BYTES.bit_length() - 1
 class Allocator:
     """Hands out blocks of a range of bytes and takes them back in any order. Pure: it touches no memory.
 
-    Blocks have powers of two as sizes and are aligned to their size. A released block goes to the list of its size, where
-    the next request of that size finds it; neighbours are merged only when nothing fits, so that a steady load neither
-    splits nor merges.
+    Blocks have powers of two as sizes and are aligned to their size. A released block goes to the list of its size,
+    where the next request of that size finds it; neighbours are merged only when nothing fits, so that a steady load
+    neither splits nor merges.
 
     Source: Knowlton, "A fast storage allocator", 1965 (buddies); merging is deferred.
 
@@ -96,8 +96,8 @@ class Allocator:
 class Lease(npt.NDArray[np.uint8]):
     """Bytes of a block that another process wrote; the block is given back when nothing refers to them any more.
 
-    Every array, slice or memoryview of it keeps it alive, on whatever thread: a batch that runs, a cache or a copy of the
-    request need not know where its tensors lie.
+    Every array, slice or memoryview of it keeps it alive, on whatever thread: a batch that runs, a cache or a copy of
+    the request need not know where its tensors lie.
     """
 
     _give_back: Callable[[], None] | None = None
@@ -107,6 +107,9 @@ class Lease(npt.NDArray[np.uint8]):
         """Lease ``size_bytes`` at ``offset`` of ``memory``.
 
         Args:
+            memory: Shared memory.
+            offset: First byte.
+            size_bytes: How many from there.
             give_back: Called once, on the thread that drops the last reference.
         """
         lease = cls((size_bytes,), np.uint8, memory, offset)

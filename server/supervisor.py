@@ -4,9 +4,9 @@ The supervisor binds the socket and serves nothing itself. A front end that dies
 those of the others are not. An engine that dies is replaced, and the front ends refuse requests until the next one
 answers; only one that dies or finds nothing to serve before it has ever opened its models ends the server.
 
-How it stops, after SIGTERM or SIGINT: all processes are told, and ``ready`` answers 503; every front end goes on to serve
-for ``shutdown_grace_s``, closes its socket, and finishes its requests; the engine ends last. A second signal ends all
-processes at once. A process whose supervisor is gone ends by itself.
+How it stops, after SIGTERM or SIGINT: all processes are told, and ``ready`` answers 503; every front end goes on to
+serve for ``shutdown_grace_s``, closes its socket, and finishes its requests; the engine ends last. A second signal ends
+all processes at once. A process whose supervisor is gone ends by itself.
 """
 
 import asyncio
@@ -32,8 +32,8 @@ logger = logging.getLogger(__name__)
 STOP_MARGIN_S: Final = 10.0
 # A process that dies is replaced after this time, doubled for each one in a row that lived only shortly.
 FIRST_DELAY_S: Final = 0.1
-_LAST_DELAY_S: Final = 10.0
-_SHORT_LIFE_S: Final = 30.0
+LAST_DELAY_S: Final = 10.0
+SHORT_LIFE_S: Final = 30.0
 
 
 def require_linux(platform: str = sys.platform) -> None:
@@ -54,17 +54,29 @@ class Process:
         ended: Set when it has ended.
     """
 
-    def __init__(self, name: str, process: asyncio.subprocess.Process, connection: socket.socket) -> None:
+    def __init__(
+        self,
+        name: str,
+        process: asyncio.subprocess.Process,
+        connection: socket.socket,
+        lost: Callable[["Process"], None] | None,
+    ) -> None:
         self.name, self.ended = name, asyncio.Event()
         self.failure: str | None = None
-        self._process = process
+        self._process, self._lost = process, lost
         self._said: dict[Word, asyncio.Event] = {}
         self._line = Line(connection, self._receive, lambda: None)
         self._waiting = asyncio.create_task(self._wait())
 
     @classmethod
-    async def start(cls, name: str, module: str) -> "Process":
-        """Start ``module.main`` in a fresh interpreter, in a session of its own, so that terminals do not signal it."""
+    async def start(cls, name: str, module: str, lost: Callable[["Process"], None] | None = None) -> "Process":
+        """Start ``module.main`` in a fresh interpreter, in a session of its own, so that terminals do not signal it.
+
+        Args:
+            name: What the log calls it.
+            module: Its module.
+            lost: Called whenever it reports that its channel is lost.
+        """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             process = await asyncio.create_subprocess_exec(
@@ -77,7 +89,7 @@ class Process:
                 start_new_session=True,
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             )
-        return cls(name, process, ours)
+        return cls(name, process, ours, lost)
 
     def send(self, word: Word, text: str = "", *files: int) -> None:
         """Send an order."""
@@ -94,6 +106,11 @@ class Process:
                 future.cancel()
         return said.is_set()
 
+    @property
+    def is_running(self) -> bool:
+        """Whether it has not ended, as far as the line to it tells."""
+        return self._process.returncode is None and self._line.is_open
+
     def kill(self) -> None:
         """End it at once."""
         if self._process.returncode is None:
@@ -107,6 +124,8 @@ class Process:
     def _receive(self, note: Note, _: list[int]) -> None:
         if note.word == "failed":
             self.failure = note.text
+        elif note.word == "lost" and self._lost is not None:
+            self._lost(self)
         self._said.setdefault(note.word, asyncio.Event()).set()
 
     async def _wait(self) -> None:
@@ -181,7 +200,7 @@ class Supervisor:
         return engine
 
     async def _start_front_end(self, number: int) -> Process:
-        front_end = await Process.start(f"front end {number}", "server.frontend")
+        front_end = await Process.start(f"front end {number}", "server.frontend", self._reconnect)
         self._front_ends[number] = front_end
         front_end.send("serve", settings_to_text(self._settings), self._listening.fileno())
         self._connect(front_end)
@@ -201,10 +220,10 @@ class Supervisor:
 
     async def _keep(self, start: Callable[[], Awaitable[Process]], process: Process) -> None:
         """Start a process again whenever it ends."""
-        delay = _Delay()
+        delay = Delay(time.monotonic())
         while True:
             await process.ended.wait()
-            delay_s = delay.next_s()
+            delay_s = delay.next_s(time.monotonic())
             logger.error("%s %s; starting another in %g s", process.name, process.describe_end(), delay_s)
             await asyncio.sleep(delay_s)
             process = await start()
@@ -248,21 +267,25 @@ class Supervisor:
         self._engine.send("stop")
         await asyncio.gather(*(process.ended.wait() for process in self._processes()))
 
+    def _reconnect(self, front_end: Process) -> None:
+        # An engine that is gone with its channels gets its front ends when it is started again.
+        if not self._stop.is_set() and self._engine.is_running:
+            self._connect(front_end)
+
     async def _all_say(self, processes: Iterable[Process], word: Word) -> None:
         await asyncio.gather(*(process.says(word) for process in processes))
 
 
-class _Delay:
-    """How long to wait before a process is started again."""
+class Delay:
+    """How long to wait before a process is started again; ``now`` is in monotonic seconds."""
 
-    def __init__(self) -> None:
-        self._delay_s, self._started_s = FIRST_DELAY_S, time.monotonic()
+    def __init__(self, now: float) -> None:
+        self._delay_s, self._started_s = FIRST_DELAY_S, now
 
-    def next_s(self) -> float:
+    def next_s(self, now: float) -> float:
         """Return the delay after a process has died now, in seconds."""
-        now = time.monotonic()
-        if now - self._started_s > _SHORT_LIFE_S:
+        if now - self._started_s > SHORT_LIFE_S:
             self._delay_s = FIRST_DELAY_S
-        delay_s, self._delay_s = self._delay_s, min(2 * self._delay_s, _LAST_DELAY_S)
+        delay_s, self._delay_s = self._delay_s, min(2 * self._delay_s, LAST_DELAY_S)
         self._started_s = now + delay_s
         return delay_s

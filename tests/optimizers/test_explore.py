@@ -344,24 +344,28 @@ def test_repair_needs_no_trial_of_its_own(bench: Bench):
     assert budget.left_s() == 2.0
 
 
-def test_pass_is_stopped_early_enough_to_appraise_its_result(bench: Bench, monkeypatch: pytest.MonkeyPatch):
-    seen: list[float] = []
+def test_passes_leave_time_to_appraise_their_result_and_repairs_leave_half_to_others(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+):
+    limits: list[float] = []
+    run = Nursery.run
 
-    def run(_: Nursery, folder: Path, limit_s: float, memory_bytes: int) -> str:
-        seen.append(limit_s)
-        return "stopped"
+    def watched(nursery: Nursery, folder: Path, limit_s: float, memory_bytes: int) -> str:
+        limits.append(limit_s)
+        return "stopped" if len(limits) > 2 else run(nursery, folder, limit_s, memory_bytes)
 
-    baseline = bench.line.build("fp32", BASE, "fp32", exact=True)
-    monkeypatch.setattr(Nursery, "run", run)
-    clock = Clock()
-    budget = Budget(50.0, clock)
-    budget.begin()
+    monkeypatch.setattr(Nursery, "run", watched)
+    budget = Budget(50.0, lambda: 0.0)
     bench.line._workshop = replace(bench.workshop, budget=budget)
-    quest = Quest(BASE, baseline, GATE, True, budget, Known(60, 60, 1, 1), 0)
-    explorer = Explorer(bench.line, bench.exam, bench.track, bench.context, quest, clock.observe)
-    assert outcomes(explorer.run([root_of(FINE)])) == [("light", "dropped")]
-    assert seen == [43.0], "2 s for the appraisal and 5 s for the trial are kept back"
-    assert budget.left_s() == 50.0
+    bench.line.build("fp32", BASE, "fp32", exact=True)
+    budget.begin()
+    root = root_of(COARSE, repairs=(RESTORE,))
+    found = explore(bench, root, budget=budget, forecast=Known(60, 60, 1, 1))
+    assert outcomes(found) == [("light", "tried"), ("light + restore", "dropped")]
+    assert reason_of(found, "light + restore") == "stopped"
+    assert limits == [600.0, 43.0, 22.5], (
+        "the base is mandatory; 2 s for the appraisal, 5 s for the trial; half of 45 s"
+    )
 
 
 def test_candidate_whose_comparison_would_take_too_long_is_dropped_after_its_build(bench: Bench):

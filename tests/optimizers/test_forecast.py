@@ -33,4 +33,5 @@ def test_trial_is_a_proof_its_races_and_the_measurement_of_memory():
     forecast = Forecast(0, 200, 8, 2)
     assert forecast.races_s([COST, COST], 1.0) == 3 * forecast.race_s([COST, COST], COST) + 2.0
     assert forecast.races_s([COST, COST], 1000.0) == 1002.0
-    assert forecast.trial_s(COST) == forecast.proof_s(COST) + forecast.races_s([COST])
+    settings_s = forecast.race_s([COST], COST)
+    assert forecast.trial_s(COST) == forecast.proof_s(COST) + forecast.races_s([COST]) + settings_s

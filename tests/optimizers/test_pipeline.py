@@ -26,6 +26,7 @@ from server.metrics import Metrics
 from server.model import Model
 from server.providers import CPU
 from server.session import Session
+from server.scheduler import Cores
 from server.settings import Settings
 from server.tensors import InferRequest
 from tests import models
@@ -135,7 +136,7 @@ def test_served_variants_decide_as_promised_on_the_held_out_samples(artifact: Ar
 async def test_server_takes_the_artifact(artifact: Artifact, full: OptimizeRequest):
     model = Model.load(artifact, (CPU,), Settings(cpu_instances=1), Metrics())
     try:
-        model.start()
+        model.start(Cores(1))
         inputs = read_golden(artifact.folder).inputs
         response = await model.infer(InferRequest(inputs))
         assert not model.unoptimized

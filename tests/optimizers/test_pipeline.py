@@ -25,8 +25,8 @@ from server.golden import require_golden
 from server.metrics import Metrics
 from server.model import Model
 from server.providers import CPU
-from server.session import Session
 from server.scheduler import Cores
+from server.session import Session
 from server.settings import Settings
 from server.tensors import InferRequest
 from tests import models

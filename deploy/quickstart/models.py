@@ -37,7 +37,7 @@ class QuickstartModel:
     budget: tuple[str, ...] = ()
     effort: tuple[str, ...] = (
         *("--objective", "throughput"),
-        *("--time-budget", "90", "--compressions", "none", "--precisions", "fp32,fp16,int8"),
+        *("--time-budget", "240", "--compressions", "none", "--precisions", "fp32,fp16,int8"),
     )
 
     @property

@@ -15,6 +15,7 @@ from optimizers.exact import build_exact
 from optimizers.measurement import Race, Sample
 from optimizers.passes import Pass, PassContext, PassResult, copy_of
 from optimizers.passes.catalog import MUST_GAIN, PREPARING
+from server.errors import InferenceFailed
 from tests.optimizers.test_building import Bench, Burden, Unburden, without_processes
 from tests.optimizers.test_isolation import Damage, Nothing, Refuse, Rename, Step
 
@@ -136,4 +137,14 @@ def test_no_session_is_left_but_that_of_the_original(bench: Bench, monkeypatch: 
     monkeypatch.setattr(bench.track, "race", counted)
     build(bench, Burden(name="sanitize"), FixedBatch(), Unburden(), Burden(2))
     assert counts == [3, 3, 3]
+    assert list(bench.track._sessions) == ["original"]
+
+
+def test_result_whose_race_fails_is_refused_and_its_session_closed(bench: Bench, monkeypatch: pytest.MonkeyPatch):
+    def fail(*_: Any) -> Race:
+        raise InferenceFailed("out of memory")
+
+    monkeypatch.setattr(bench.track, "race", fail)
+    assert build(bench, Rename()).form == bench.original
+    assert bench.line.records[0].reason == "does not run: out of memory"
     assert list(bench.track._sessions) == ["original"]

@@ -411,11 +411,20 @@ def test_only_candidates_that_go_on_have_a_session(bench: Bench):
     assert set(bench.track._sessions) == {"original", "fp32", *alive}
 
 
+def test_repair_that_is_dropped_leaves_its_session(bench: Bench):
+    agreement = agreement_of(explore(bench, root_of(COARSE)).appraised[0])
+    found = explore(bench, root_of(COARSE, repairs=(WORSEN,)), gate=Gate(agreement + 0.02))
+    assert outcomes(found)[-1] == ("light + worsen", "dropped")
+    assert found.appraised[0].failure == ""
+    assert set(bench.track._sessions) == {"original", "fp32"}
+
+
 def test_progress_never_goes_back(bench: Bench):
     seen: list[float] = []
-    roots = (root_of(COARSE, "a", repairs=(WORSEN, RESTORE), mixes=True), root_of(COARSE, "b", "other", mixes=True))
+    repaired = root_of(COARSE, "a", repairs=(WORSEN, RESTORE), mixes=True)
+    roots = (repaired, root_of(GARBLED, "b"), root_of(COARSE, "c", "other", mixes=True))
     explore(bench, *roots, observe=lambda _, share: seen.append(share))
-    assert len(seen) == 5
+    assert len(seen) == 6
     assert seen == sorted(seen)
     assert seen[-1] < 1
 

@@ -25,7 +25,7 @@ from server.scheduler import Completion, Cores, LaneSpec, Scheduler
 from server.session import Session, measure_latency
 from server.tensors import Array, InferRequest, Tensors
 
-WIDTH, LAYERS, ROWS, SPEEDUP = 1024, 6, (1, 2, 4, 8), 5.0
+WIDTH, LAYERS, ROWS, SPEEDUP = 2048, 16, (1, 2, 4, 8), 5.0
 
 
 class FakeGpu:

@@ -13,6 +13,9 @@ from server.routing import Route
 from server.tensors import InferRequest
 from server.waiting import Pending, shape_of
 
+_TRANSPORT_SHARE, _MOST_TRANSPORT_S = 0.1, 0.02
+"""Of a timeout this share, and at most so many seconds, are left for the answer to be written and read in time."""
+
 _LEAST_PART_S = 1e-3
 """Shorter runs are not worth the bookkeeping of a part."""
 
@@ -39,7 +42,7 @@ class Admission:
         limits = self._limits
         rows, key, length = shape_of(request.inputs, limits.batchable, self._ragged)
         timeout_s = request.timeout_s or limits.default_timeout_s
-        deadline_s = now + timeout_s if timeout_s > 0 else None
+        deadline_s = now + timeout_s - min(_TRANSPORT_SHARE * timeout_s, _MOST_TRANSPORT_S) if timeout_s > 0 else None
         work_s = route.preferred[0].times.run_s(rows) if request.client else 0.0
         rank_s = self._order.rank_s(now, deadline_s, request.priority, request.client, work_s)
         return Pending(request, rows, key, now, deadline_s, self._future(), length, rank_s)

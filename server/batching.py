@@ -83,7 +83,9 @@ class Plan(msgspec.Struct, Generic[AnswerT], frozen=True, eq=False):
     expired: list[Pending[AnswerT]]
 
 
-def plan(queue: RequestQueue[AnswerT], now: float, max_rows: int, times: Times = UNKNOWN) -> Plan[AnswerT]:
+def plan(
+    queue: RequestQueue[AnswerT], now: float, max_rows: int, times: Times = UNKNOWN, *, from_end: bool = False
+) -> Plan[AnswerT]:
     """Take the next batch out of the queue: the first request and what may travel with it, in order of rank.
 
     - Cancelled requests that are met on the way leave the queue, and so do those whose deadline has passed or would
@@ -99,12 +101,13 @@ def plan(queue: RequestQueue[AnswerT], now: float, max_rows: int, times: Times =
         now: The time.
         max_rows: Rows that fill a batch.
         times: Predicted run times; unknown ones promise nothing, and drop only what has expired.
+        from_end: Begin with the last request of the key that goes next, instead of the first.
     """
     expired: list[Pending[AnswerT]] = []
     while queue.rows:
         waiting = queue.pop_first()
         forming: _Forming[AnswerT] = _Forming(now, max_rows, times, waiting)
-        forming.meet(_nearest(waiting, max_rows))
+        forming.meet(tuple(reversed(waiting)) if from_end else _nearest(waiting, max_rows))
         _leave(waiting, forming.met)
         queue.rows -= forming.met_rows
         queue.restore(waiting)
@@ -212,6 +215,8 @@ def _leave(waiting: deque[Pending[AnswerT]], met: Sequence[Pending[AnswerT]]) ->
     for pending in met:
         if waiting[0] is pending:
             waiting.popleft()
+        elif waiting[-1] is pending:
+            waiting.pop()
         else:
             waiting.remove(pending)
 

@@ -4,8 +4,9 @@ Pure: lanes are described by ``LaneState`` values that the scheduler keeps up to
 
 - A request that pins a variant goes only to lanes of that variant; any other goes to every lane.
 - Among those lanes the first one's variant and device are *preferred*: an idle preferred lane takes work at once. Any
-  other lane is slower by the order it was given in; it takes work only when it is predicted to finish it sooner than
-  the preferred lanes would. Without latency tables there is no prediction, and slower lanes take only pinned work.
+  other lane is slower by the order it was given in; it takes the end of the queue, and only when it is predicted to
+  finish that sooner than the preferred lanes would get to it. Without latency tables there is no prediction, and slower
+  lanes take only pinned work.
 - A lane for large batches takes those, and only those, that reach its least number of rows; the preferred lanes leave
   them to it while it is idle.
 - Work that nobody pinned never keeps more threads of one device busy than there are cores, all models together. Pinned
@@ -186,8 +187,10 @@ def may_take(lane: LaneState, route: Route, queue: RequestQueue[Any], now: float
         )
     if not lane.times.known or not all(other.busy and other.times.known for other in route.preferred):
         return False
+    # It takes the end of the queue: what goes first is never answered later than if it were absent.
     rows = _rows_for(lane, queue)
-    return now + lane.times.run_s(rows) < min(other.free_at(now) + other.times.run_s(rows) for other in route.preferred)
+    ahead_rows = max(0, queue.rows - rows)
+    return now + lane.times.run_s(rows) < _completion_s(route.preferred, ahead_rows, rows, now)
 
 
 def _rows_for(lane: LaneState, queue: RequestQueue[Any]) -> int:
@@ -274,6 +277,11 @@ def predict_completion(route: Route, backlog_rows: int, rows: int, now: float, c
     lanes = _parallel(route, backlog_rows + rows, cores)
     if not lanes:
         return None
+    return _completion_s(lanes, backlog_rows, rows, now)
+
+
+def _completion_s(lanes: Sequence[LaneState], backlog_rows: int, rows: int, now: float) -> float:
+    """Deal a backlog, and then some rows more, to lanes; return when those are done."""
     skipped_s, left = _skip_waves(lanes, backlog_rows)
     free_s = [lane.free_at(now) + skipped_s for lane in lanes]
     while True:

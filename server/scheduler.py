@@ -209,7 +209,8 @@ class Scheduler:
                     self._delay.set(ready_s, now)
                     return None
             rows = queue.rows
-            batch = batching.plan(queue, now, state.max_rows, state.times)
+            is_slower = state in self._routes[pin].slower
+            batch = batching.plan(queue, now, state.max_rows, state.times, from_end=is_slower)
             self._rows -= rows - queue.rows
             fail(batch.expired, partial(expired, now))
             if batch.requests:

@@ -197,3 +197,11 @@ def test_a_delay_ends_early_enough_for_the_first_deadline_of_the_batch():
 def test_equal_arrival_times_of_different_keys_are_taken_one_after_the_other():
     requests = [pending(1, width) for width in (1, 2, 1, 2)]
     assert batches_of(queue_of(requests), 0.0, 1) == [[requests[i]] for i in (0, 1, 2, 3)]
+
+
+def test_a_slower_lane_takes_the_end_of_the_queue_and_leaves_the_order_of_the_rest():
+    requests = [pending(1, arrival_s=float(i)) for i in range(6)]
+    queue = queue_of(requests)
+    assert plan(queue, 10.0, 2, from_end=True).requests == [requests[5], requests[4]]
+    assert plan(queue, 10.0, 2).requests == [requests[0], requests[1]]
+    assert queue.rows == 2

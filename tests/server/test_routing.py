@@ -315,3 +315,13 @@ def test_prediction_counts_on_the_lane_for_large_batches():
     route = routes_of([usual, large])[""]
     assert predict_completion(route, 0, 3, 0.0, 2) == pytest.approx(0.010)
     assert predict_completion(route, 0, 4, 0.0, 2) == pytest.approx(0.005)
+
+
+def test_a_much_slower_lane_takes_the_end_of_a_long_queue_only():
+    fast, slow = lane("fp16", "cuda:0", 10.0), lane("int8", "cpu", 50.0)
+    route = routes_of([fast, slow])[""]
+    fast.start(8, False, 0.0)
+    assert not may_take(slow, route, queues(any=[(8, 0.0)] * 3)[""], 0.0, 2), (
+        "the fast lane is done with it after 40 ms"
+    )
+    assert may_take(slow, route, queues(any=[(8, 0.0)] * 5)[""], 0.0, 2), "the fast lane would need 60 ms"

@@ -405,13 +405,13 @@ async def test_a_deadline_that_cannot_be_met_is_refused_at_once(gate, opened):
     clock = Clock()
     scheduler = opened(lane(gate, ms=10.0), clock=clock)
     with pytest.raises(DeadlineUnmeetable):
-        scheduler.submit(request_of(timeout_s=0.009))
-    scheduler.submit(request_of(timeout_s=0.011))
+        scheduler.submit(request_of(timeout_s=0.011))  # a tenth is left for the answer's way
+    scheduler.submit(request_of(timeout_s=0.012))
     await gate.arrival()
     with pytest.raises(DeadlineUnmeetable) as caught:
-        scheduler.submit(request_of(timeout_s=0.019))
+        scheduler.submit(request_of(timeout_s=0.022))
     assert caught.value.retry_after_s == pytest.approx(0.020)
-    scheduler.submit(request_of(timeout_s=0.021))
+    scheduler.submit(request_of(timeout_s=0.023))
 
 
 async def test_an_expired_request_is_answered_while_the_lane_is_still_busy(gate, opened):

@@ -51,7 +51,7 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
         labels: LABELS.npz, or one integer per sample.
         evaluator: ``module:function`` that judges outputs.
         recipe: What to build and what to require.
-        time_budget_s: Seconds after which no further candidate is tried.
+        time_budget_s: Seconds for the whole run, of which its mandatory part is never cut.
     """
 
     model: Path | str

@@ -108,9 +108,7 @@ def _seconds(_context: click.Context, _parameter: click.Parameter, value: float)
 @click.option("--slo-ms", type=float, help="Wanted p99 of a run: a variant and its batches stay within it.")
 @click.option("--evaluator", default="", help="MODULE:FUNCTION(outputs, labels) -> metric, higher is better.")
 @click.option("--recipe", "recipe_file", type=_FILE, help="RECIPE.toml; options given here win over it.")
-@click.option(
-    "--time-budget", default=300.0, show_default=True, callback=_seconds, help="Seconds; then nothing more is tried."
-)
+@click.option("--time-budget", default=300.0, show_default=True, callback=_seconds, help="Seconds for the whole run.")
 @click.option(
     "--cache", type=click.Path(file_okay=False, path_type=Path), help="Finished work.  [default: REPO/.cache]"
 )

@@ -30,7 +30,7 @@ class OptimizeRequest(msgspec.Struct, frozen=True, kw_only=True):
         labels: LABELS.npz.
         recipe: What to build and what to require.
         evaluator: ``module:function`` that judges outputs, see ``evaluator``.
-        time_budget_s: Seconds after which no further candidate is tried; what was begun is finished and proven.
+        time_budget_s: Seconds for the whole run. The original's answers, the exact forms and their proof are never cut.
         cache: Folder of finished work; ``None`` means ``.cache`` in the repository.
         pass_timeout_s: Seconds after which one pass is stopped.
         command: The command line, for the report.

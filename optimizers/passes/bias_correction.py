@@ -14,7 +14,7 @@ from optimizers.errors import PassFailed
 from optimizers.graph import load_model, nodes_of, opset_of
 from optimizers.passes import PassContext, PassResult, PassSpec, copy_of
 from optimizers.passes.int8 import WEIGHTED_OPS, weighted_nodes
-from optimizers.passes.moments import observed
+from optimizers.passes.observing import observed
 from server.tensors import Array
 
 _AXES_AS_INPUT_OPSET = 18

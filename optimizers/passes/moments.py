@@ -16,7 +16,7 @@ from onnx import helper
 
 from optimizers.errors import PassFailed
 from optimizers.passes.int8 import WEIGHTED_OPS, weighted_nodes
-from optimizers.passes.observing import observed as observed
+from optimizers.passes.observing import observed
 from server.tensors import Array, Tensors
 
 _MOST_PATCHES = 4096  # of one batch: neighbouring patches overlap, so more of them add time and little else

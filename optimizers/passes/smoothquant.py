@@ -13,7 +13,7 @@ from onnx import helper
 from optimizers.errors import PassFailed
 from optimizers.passes import PassContext, PassResult, PassSpec, copy_of
 from optimizers.passes.channels import Constants, Division, Scaling, Wiring, attribute_of, standard
-from optimizers.passes.moments import observed
+from optimizers.passes.observing import observed
 from optimizers.passes.settle import settle
 from server.tensors import Array, Tensors
 

@@ -15,9 +15,11 @@ The body is an infer request of the Open Inference Protocol v2. `data` is flat o
 
 - Tensors may instead follow the JSON part as bytes: give each its `binary_data_size`, and send the length of the JSON
   part in `Inference-Header-Content-Length`. `"binary_data_output": true` asks for such an answer.
-- `"parameters": {"timeout": 20000}` sets a deadline in microseconds, `{"variant": "fp32"}` pins a variant; the headers
-  `slipstream-timeout-ms` and `slipstream-variant` do the same where the body does not.
-- The answer's headers `slipstream-variant`, `-device`, `-batch-rows`, `-queue-ms` and `-compute-ms` are its account.
+- `"parameters": {"timeout": 20000}` sets a deadline in microseconds, `{"variant": "fp32"}` pins a variant,
+  `{"priority": 1}` goes first (to 9, last); the headers `slipstream-timeout-ms`, `slipstream-variant` and
+  `slipstream-priority` do the same where the body does not. `slipstream-client` names whom the work counts for.
+- The answer's headers `slipstream-variant`, `-device`, `-batch-rows`, `-queue-ms`, `-compute-ms` and `server-timing` are
+  its account; `slipstream-cache` says `hit` or `shared` where the response cache answered.
 """
 _GENERIC = {
     "inputs": [{"name": "x", "shape": [1, 4], "datatype": "FP32", "data": [0.1, 0.2, 0.3, 0.4]}],
@@ -25,12 +27,14 @@ _GENERIC = {
 _ERRORS = {
     400: "not an infer request, or it does not fit the model",
     404: "unknown model or version",
+    408: "headers or body took too long to come",
     413: "the body is over the limit",
     415: "unsupported Content-Encoding",
     429: "refused at admission: the queue is full, or the deadline cannot be met; see Retry-After",
+    431: "the headers are over the limit",
     500: "the session failed",
-    503: "the model is loading or failed, or the server is stopping",
-    504: "the deadline expired in the queue",
+    503: "the model is loading or failed, all its lanes fail, or the server is stopping",
+    504: "the deadline expired in the queue, or could not be kept any more",
 }
 _TENSOR = {
     "type": "object",

@@ -18,8 +18,8 @@ The body is an infer request of the Open Inference Protocol v2. `data` is flat o
 - `"parameters": {"timeout": 20000}` sets a deadline in microseconds, `{"variant": "fp32"}` pins a variant,
   `{"priority": 1}` goes first (to 9, last); the headers `slipstream-timeout-ms`, `slipstream-variant` and
   `slipstream-priority` do the same where the body does not. `slipstream-client` names whom the work counts for.
-- The answer's headers `slipstream-variant`, `-device`, `-batch-rows`, `-queue-ms`, `-compute-ms` and `server-timing` are
-  its account; `slipstream-cache` says `hit` or `shared` where the response cache answered.
+- The answer's headers `slipstream-variant`, `-device`, `-batch-rows`, `-queue-ms`, `-compute-ms`, `server-timing`
+  are its account; `slipstream-cache` says `hit` or `shared` where the response cache answered.
 """
 _GENERIC = {
     "inputs": [{"name": "x", "shape": [1, 4], "datatype": "FP32", "data": [0.1, 0.2, 0.3, 0.4]}],

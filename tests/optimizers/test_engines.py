@@ -4,8 +4,8 @@ import importlib.util
 import multiprocessing
 import os
 import signal
-import time
 import threading
+import time
 from pathlib import Path
 
 import numpy as np

@@ -80,11 +80,6 @@ class Versions:
         self._turn = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
 
-    @property
-    def is_unloaded(self) -> bool:
-        """Whether it was unloaded and not loaded since."""
-        return self._unloaded is not None
-
     def states(self) -> dict[str, tuple[State, str]]:
         """Return version -> state and its reason, ascending; versions of the folder that do not serve are left out."""
         found: dict[str, tuple[State, str]] = dict.fromkeys(self._unloaded or (), ("unloaded", "unloaded"))

@@ -26,7 +26,7 @@ from optimizers.passes import PassContext, PassResult, PassSpec, copy_of
 from optimizers.passes.fuse_attention import ATTENTION_RULES
 from optimizers.passes.fuse_embedding import EMBEDDING_RULES
 from optimizers.passes.rules import apply_counted, drop_rule_names
-from optimizers.passes.settle import settle
+from optimizers.passes.settle import TOOL_FAILURES, settle
 from server.artifact import SessionOptions
 from server.providers import ort_errors
 
@@ -42,16 +42,7 @@ BUILT_FOR = "slipstream.built_for"
 _RULES = {"embedding": EMBEDDING_RULES, "attention": ATTENTION_RULES}
 _OLDEST_OPSET = 13  # before, Softmax takes all axes from the given one on
 _ENCODER_OPS = ({"LayerNormalization"}, {"Softmax", "com.microsoft:Attention", "com.microsoft:MultiHeadAttention"})
-_TOOL_FAILURES = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    LookupError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-    ir.passes.PassError,
-)
+_FUSION_FAILURES = (*TOOL_FAILURES, ir.passes.PassError)
 
 
 class CpuBuild(msgspec.Struct, frozen=True):
@@ -116,7 +107,7 @@ class CpuBuild(msgspec.Struct, frozen=True):
             common.RemoveUnusedNodesPass()(graph)
             common.NameFixPass()(graph)
             fused = ir.to_proto(graph)
-        except _TOOL_FAILURES as exc:
+        except _FUSION_FAILURES as exc:
             return model, f"without rules of our own: {type(exc).__name__}: {str(exc)[:100]}"
         if not counts:
             return model, ""
@@ -138,7 +129,7 @@ class CpuBuild(msgspec.Struct, frozen=True):
         try:
             made = optimize_model(twin, "bert", optimization_options=options, opt_level=0)
             made.topological_sort()
-        except _TOOL_FAILURES as exc:
+        except _FUSION_FAILURES as exc:
             return model, f"without onnxruntime's encoder rules: {type(exc).__name__}: {str(exc)[:100]}"
         fused: onnx.ModelProto = made.model
         fused.producer_name = model.producer_name

@@ -15,7 +15,7 @@ _LARGEST_SIZE = 2**31 - 1  # of an axis; a Slice up to here has no end
 _LARGEST_READ_BYTES = 4096
 """Shape inference reads small weights, such as the target of a Reshape; of larger ones it needs the shape only."""
 
-_INFERENCE_FAILURES = (
+TOOL_FAILURES = (
     ArithmeticError,
     AssertionError,
     AttributeError,
@@ -24,6 +24,7 @@ _INFERENCE_FAILURES = (
     TypeError,
     ValueError,
 )
+"""What tools of others raise on models that they do not understand."""
 
 
 def settle(after: onnx.ModelProto, before: onnx.ModelProto) -> None:
@@ -100,7 +101,7 @@ def _symbolic(light: onnx.ModelProto, wanted: set[str]) -> list[onnx.ValueInfoPr
         inference._preprocess(light)
         while inference.run_:
             inference._infer_impl()
-    except _INFERENCE_FAILURES as exc:
+    except TOOL_FAILURES as exc:
         logger.debug("symbolic shape inference fails: %s", exc)
         return []
     found = [

@@ -71,7 +71,7 @@ class Application(FastAPI):
         )
         if self.cache is not None:
             repository.on_left = self.cache.forget
-        self._infer = InferBranch(repository, metrics, settings.max_body_bytes, settings.body_timeout_s, self.cache)
+        self.infer = InferBranch(repository, metrics, settings.max_body_bytes, self.cache)
         self._add_routes()
         for kind in (SlipstreamError, HTTPException, RequestValidationError, Exception):
             self.add_exception_handler(kind, _on_error)
@@ -79,7 +79,7 @@ class Application(FastAPI):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one ASGI scope."""
         if scope["type"] == "http" and (target := infer_target(scope["path"])):
-            await self._infer(scope, receive, send, *target)
+            await self.infer(scope, receive, send, *target)
         else:
             await super().__call__(scope, receive, send)
 

@@ -20,8 +20,8 @@ from starlette.types import Receive, Scope, Send
 
 from server import channel
 from server.errors import SlipstreamError, StartupError, Unavailable
-from server.http import JSON, RETRY_UNAVAILABLE_S, Answer, ClientLeft, ReadTimeout, answer_of, send_answer
-from server.infer import InferBranch, expects_continue, infer_target
+from server.http import JSON, RETRY_UNAVAILABLE_S, Answer, ClientLeft, answer_of, read_body, send_answer
+from server.infer import InferBranch, infer_target
 from server.listener import Listener
 from server.logs import configure
 from server.messages import HttpAnswer, HttpRequest
@@ -52,13 +52,8 @@ class FrontEnd:
         self._report = report
         self._is_listening = False
         self._models = RemoteModels(self.engine)
-        self._clock = ReadTimeout(settings.body_timeout_s)
-        self._infer = InferBranch(
-            self._models,
-            RemoteCounters(self.engine),
-            settings.max_body_bytes,
-            settings.body_timeout_s,
-            RemoteCache(),
+        self.infer = InferBranch(
+            self._models, RemoteCounters(self.engine), settings.max_body_bytes, RemoteCache(), self._models.look_up
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -67,18 +62,16 @@ class FrontEnd:
             await self._live_through(receive, send)
             return
         target = infer_target(scope["path"])
+        if target is not None:
+            await self.infer(scope, receive, send, *target)
+            return
         try:
-            if target is None:
-                await send_answer(send, await self._ask(scope, receive))
-                return
-            if scope["method"] == "POST" and not self._models.knows(*target):
-                await self._models.look_up(*target)
+            answer = await self._ask(scope, receive)
         except ClientLeft:
             return
         except SlipstreamError as exc:
-            await send_answer(send, answer_of(exc, expects_continue=expects_continue(scope)))
-            return
-        await self._infer(scope, receive, send, *target)
+            answer = answer_of(exc)
+        await send_answer(send, answer)
 
     def listens_on(self, url: str, fail: Callable[[BaseException], None]) -> None:  # noqa: ARG002  (of all applications)
         """Learn that connections are accepted."""
@@ -92,7 +85,7 @@ class FrontEnd:
             return _json(200, {"live": True})
         if path == _READY and self.engine.reason:
             return _json(503, {"ready": False, "error": self.engine.reason, "code": Unavailable.code})
-        body = bytes(await self._clock.read(receive, self.settings.max_body_bytes))
+        body = bytes(await read_body(receive, self.settings.max_body_bytes))
         asked = HttpRequest(
             scope["http_version"],
             method,

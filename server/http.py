@@ -9,14 +9,12 @@ import math
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
 from typing import Any, Final
 
 import msgspec
 import orjson
 from starlette.types import Receive, Send
 
-from server.alarms import Alarms
 from server.errors import (
     BodyTooLarge,
     MalformedRequest,
@@ -49,6 +47,7 @@ _DECOMPRESSORS: Final[dict[bytes, Callable[[], Any]]] = {
     b"deflate": zlib.decompressobj,
     b"zstd": lambda: zstd.ZstdDecompressor(options=_ZSTD_OPTIONS),
 }
+_IDENTITY = b"identity"
 _Headers = list[tuple[bytes, bytes]]
 
 
@@ -64,92 +63,89 @@ class ClientLeft(Exception):
     """The client closed its connection before it was answered; nobody reads an answer."""
 
 
-class ReadTimeout:
-    """Bounds the time that bodies take to come. Belongs to one event loop.
-
-    Args:
-        timeout_s: Seconds from the start of reading to the last byte.
-    """
-
-    def __init__(self, timeout_s: float) -> None:
-        self._timeout_s = timeout_s
-        self._alarms = Alarms(timeout_s)
-        self._overdue: set[asyncio.Task[Any]] = set()
-
-    async def read(self, receive: Receive, limit_bytes: int) -> bytes | bytearray:
-        """Read a body as ``read_body`` does.
-
-        Raises:
-            RequestTimeout: If it takes longer than the timeout; the reading is cancelled.
-        """
-        task = asyncio.current_task()
-        if task is None:
-            raise RuntimeError("a body must be read in a task")
-        give_up = partial(self._give_up, task)
-        self._alarms.set(give_up)
-        try:
-            return await _read_all(receive, limit_bytes)
-        except asyncio.CancelledError:
-            if task not in self._overdue:
-                raise
-            task.uncancel()
-            raise RequestTimeout(
-                f"the request body did not come within {self._timeout_s:g} s (set --body-timeout-s)"
-            ) from None
-        finally:
-            self._alarms.clear(give_up)
-            self._overdue.discard(task)
-
-    def _give_up(self, task: asyncio.Task[Any]) -> None:
-        self._overdue.add(task)
-        task.cancel()
-
-
-async def read_body(
-    headers: Mapping[bytes, bytes], receive: Receive, limit_bytes: int, clock: ReadTimeout
-) -> bytes | bytearray:
-    """Read a request body, decompressed.
+def check_head(headers: Mapping[bytes, bytes], limit_bytes: int) -> None:
+    """Check what the headers of a request say of its body, before it is read.
 
     Raises:
-        BodyTooLarge: As soon as ``Content-Length``, the bytes that came, or their decompressed size exceed the limit.
-        RequestTimeout: If it does not come in time.
+        BodyTooLarge: If ``Content-Length`` exceeds the limit.
         UnsupportedEncoding: If ``Content-Encoding`` is none of gzip, deflate, zstd and identity.
-        MalformedRequest: If the compressed bytes are damaged.
-        ClientLeft: If the client closed the connection before the end.
     """
     length = headers.get(b"content-length")
     if length is not None and int(length) > limit_bytes:
         raise _too_large(f"is {int(length)} bytes", limit_bytes)
-    encoding = headers.get(b"content-encoding")
-    if encoding is not None:
-        encoding = encoding.strip().lower()
-        if encoding != b"identity" and encoding not in _DECOMPRESSORS:
-            raise UnsupportedEncoding(
-                f"Content-Encoding is {encoding.decode('latin-1')!r}; use gzip, deflate, zstd or none"
-            )
-    body = await clock.read(receive, limit_bytes)
-    if encoding is None or encoding == b"identity":
+    if b"content-encoding" in headers:
+        _encoding(headers)
+
+
+def _encoding(headers: Mapping[bytes, bytes]) -> bytes:
+    encoding = headers.get(b"content-encoding", _IDENTITY).strip().lower()
+    if encoding != _IDENTITY and encoding not in _DECOMPRESSORS:
+        raise UnsupportedEncoding(
+            f"Content-Encoding is {encoding.decode('latin-1')!r}; use gzip, deflate, zstd or none"
+        )
+    return encoding
+
+
+async def decompressed(body: bytes | bytearray, headers: Mapping[bytes, bytes], limit_bytes: int) -> bytes | bytearray:
+    """Return a body as it was before it was compressed as the header ``Content-Encoding`` says.
+
+    Raises:
+        BodyTooLarge: As soon as the decompressed size exceeds the limit.
+        MalformedRequest: If the compressed bytes are damaged.
+    """
+    encoding = _encoding(headers)
+    if encoding == _IDENTITY:
         return body
     # In a thread: a few compressed kilobytes may hold many megabytes, and decompression releases the GIL.
     return await asyncio.get_running_loop().run_in_executor(None, _decompress, body, encoding, limit_bytes)
 
 
-async def _read_all(receive: Receive, limit_bytes: int) -> bytes | bytearray:
-    body = bytearray()
+async def read_body(receive: Receive, limit_bytes: int) -> bytes | bytearray:
+    """Read the body of an ASGI request.
+
+    Raises:
+        BodyTooLarge: As soon as it exceeds the limit.
+        ClientLeft: If the client closed the connection before the end.
+    """
+    body = Body(limit_bytes)
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
             raise ClientLeft
-        chunk: bytes = message.get("body", b"")
-        if len(body) + len(chunk) > limit_bytes:
-            raise _too_large(f"has {len(body) + len(chunk)} bytes so far", limit_bytes)
-        more = message.get("more_body", False)
-        if not more and not body:
-            return chunk
-        # Grown in place: chunks that are kept and joined take fresh pages each, at ten times the time.
-        body += chunk
-        if not more:
-            return body
+        body.add(message.get("body", b""))
+        if not message.get("more_body", False):
+            return body.whole
+
+
+class Body:
+    """A request body while it comes.
+
+    Attributes:
+        whole: What has come so far.
+    """
+
+    __slots__ = ("_limit_bytes", "whole")
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit_bytes = limit_bytes
+        self.whole: bytes | bytearray = b""
+
+    def add(self, chunk: bytes) -> None:
+        """Add what came.
+
+        Raises:
+            BodyTooLarge: If it is more than the limit.
+        """
+        whole = self.whole
+        if len(whole) + len(chunk) > self._limit_bytes:
+            raise _too_large(f"has {len(whole) + len(chunk)} bytes so far", self._limit_bytes)
+        if not whole:
+            self.whole = chunk
+        elif isinstance(whole, bytearray):
+            # Grown in place: chunks that are kept and joined take fresh pages each, at ten times the time.
+            whole += chunk
+        else:
+            self.whole = bytearray(whole) + chunk
 
 
 def _decompress(body: bytes | bytearray, encoding: bytes, limit_bytes: int) -> bytes:

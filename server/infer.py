@@ -1,8 +1,8 @@
-"""The infer paths, from an ASGI request to its answer.
+"""Infer requests, from their head and body to their answer.
 
-``InferBranch`` is called ahead of FastAPI's router, whose routing alone costs three times a whole bare request.
-Answers are not compressed, not even for clients that send ``Accept-Encoding``: some clients always send it, and tensors
-compress badly for the time it takes.
+An exchange on a connection (``server.connection``) calls ``InferBranch`` past ASGI and FastAPI, whose routing alone
+costs three times a whole bare request. Answers are not compressed, not even for clients that send ``Accept-Encoding``:
+some clients always send it, and tensors compress badly for the time it takes.
 
 Source: the Open Inference Protocol, and its binary tensor data extension for ``Inference-Header-Content-Length``; W3C
 Server Timing.
@@ -11,42 +11,72 @@ Server Timing.
 import asyncio
 import math
 import time
-from collections.abc import Coroutine, Mapping
-from typing import Any, Generic, TypeVar
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Generic, Protocol, TypeVar
 
 import msgspec
 from starlette.types import Receive, Scope, Send
 
-from server.alarms import Alarms
-from server.cache import How
 from server.errors import MalformedRequest, SlipstreamError
-from server.http import JSON, Answer, ClientLeft, ReadTimeout, answer_of, method_not_allowed, read_body, send_answer
+from server.http import (
+    JSON,
+    Answer,
+    ClientLeft,
+    answer_of,
+    check_head,
+    decompressed,
+    method_not_allowed,
+    read_body,
+    send_answer,
+)
 from server.json_numbers import SLICE_BYTES, SLICE_NUMBERS
-from server.serving import Cache, Model, Models, RequestCounter, RequestCounters
+from server.serving import Cache, How, Model, Models, RequestCounter, RequestCounters
 from server.tensors import PRIORITIES, InferRequest, InferResponse
 from server.wire import Decoded, Encoded, ReplyFormat, decode, encode
 
-# A request that waits longer gets a task that watches for its client's departure; such a task from the start would cost
-# 5 to 9 us per request on uvloop.
-WATCH_AFTER_S = 0.05
 # A version that was replaced answers for some seconds more what had found it.
 SLOW_BODY_S = 1.0
 CANCELLED = "cancelled"
-_Result = TypeVar("_Result")
 _Model = TypeVar("_Model", bound=Model)
 
 
-class InferBranch(Generic[_Model]):
-    """Answers ``POST /v2/models/{name}[/versions/{version}]/infer``.
+class Call(Protocol):
+    """One request, as its transport hands it over."""
 
-    Called on the event loop. When the client leaves, its queued request is cancelled; a run that started goes on.
+    @property
+    def name(self) -> str:
+        """The model."""
+
+    @property
+    def version(self) -> str:
+        """Its version; empty for the default one."""
+
+    @property
+    def headers(self) -> Mapping[bytes, bytes]:
+        """Name in lower case -> value."""
+
+    @property
+    def expects_continue(self) -> bool:
+        """Whether the client waits for ``100 Continue`` before it sends the body."""
+
+    async def body(self) -> bytes | bytearray:
+        """Return the whole body, as it was sent.
+
+        Raises:
+            BodyTooLarge: As soon as it exceeds the limit.
+            RequestTimeout: If it does not come in time.
+        """
+
+
+class InferBranch(Generic[_Model]):
+    """Answers ``POST /v2/models/{name}[/versions/{version}]/infer``, on the event loop.
 
     Args:
         models: Where models are found.
         counters: Where requests are counted.
         max_body_bytes: Largest request body, also after decompression.
-        body_timeout_s: Seconds that a body may take to come.
         cache: Keeps answers; ``None`` keeps none, and costs nothing.
+        look_up: Awaited before a model of that name and version is asked for; ``None`` where nothing is to be awaited.
     """
 
     def __init__(
@@ -54,48 +84,65 @@ class InferBranch(Generic[_Model]):
         models: Models[_Model],
         counters: RequestCounters,
         max_body_bytes: int,
-        body_timeout_s: float = 60.0,
         cache: Cache[_Model] | None = None,
+        look_up: Callable[[str, str], Awaitable[None]] | None = None,
     ) -> None:
-        self._models, self._counters, self._max_body_bytes = models, counters, max_body_bytes
-        self._clock, self._watches, self._cache = ReadTimeout(body_timeout_s), Alarms(WATCH_AFTER_S), cache
+        self._models, self._counters, self.max_body_bytes = models, counters, max_body_bytes
+        self._cache, self._look_up = cache, look_up
         self._counter_of: dict[tuple[str, str], RequestCounter] = {}
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send, name: str, version: str) -> None:
-        """Answer one request for the model ``name``; an empty ``version`` means the default one."""
+    async def answer(self, call: Call) -> Answer:
+        """Answer one request, with an error if it must be.
+
+        Cancel it when its client leaves: then its queued request is dropped; a run that started goes on.
+        """
         arrived_s = time.perf_counter()
         model: _Model | None = None
-        answer: Answer | None = None
         code = "ok"
         try:
-            if scope["method"] == "POST":
-                model = self._models.get(name, version)
-                answer = await self._infer(model, version, dict(scope["headers"]), receive, arrived_s)
-            else:
-                answer = method_not_allowed("POST")
-        except ClientLeft:
+            if self._look_up is not None:
+                await self._look_up(call.name, call.version)
+            model = self._models.get(call.name, call.version)
+            return await self._infer(model, call, arrived_s)
+        except (asyncio.CancelledError, ClientLeft):
             code = CANCELLED
+            raise
         except Exception as exc:  # noqa: BLE001  (the boundary where every error becomes an answer)
             code = exc.code if isinstance(exc, SlipstreamError) else SlipstreamError.code
-            answer = answer_of(exc, expects_continue=expects_continue(scope))
-        if model is not None:
-            self._counter(model).request_finished(code, time.perf_counter() - arrived_s)
-        if answer is not None:
-            await send_answer(send, answer)
+            return answer_of(exc, expects_continue=call.expects_continue)
+        finally:
+            if model is not None:
+                self._counter(model).request_finished(code, time.perf_counter() - arrived_s)
 
-    async def _infer(
-        self, model: _Model, version: str, headers: Mapping[bytes, bytes], receive: Receive, arrived_s: float
-    ) -> Answer:
-        body = await read_body(headers, receive, self._max_body_bytes, self._clock)
+    async def __call__(self, scope: Scope, receive: Receive, send: Send, name: str, version: str) -> None:
+        """Answer one ASGI request, for whoever mounts the application in another server.
+
+        Other servers than this one do not say that a client has left, nor bound the time that a body takes.
+        """
+        if scope["method"] != "POST":
+            await send_answer(send, method_not_allowed("POST"))
+            return
+        try:
+            await send_answer(send, await self.answer(_AsgiCall(scope, receive, name, version, self.max_body_bytes)))
+        except ClientLeft:
+            return
+
+    async def _infer(self, model: _Model, call: Call, arrived_s: float) -> Answer:
+        headers = call.headers
+        check_head(headers, self.max_body_bytes)
+        body = await call.body()
+        if b"content-encoding" in headers:
+            body = await decompressed(body, headers, self.max_body_bytes)
         if time.perf_counter() - arrived_s > SLOW_BODY_S:
-            model = self._models.get(model.name, version)  # the one found before may have been replaced meanwhile
+            # The one found before may have been replaced meanwhile.
+            model = self._models.get(model.name, call.version)
         decoded = await _decode(body, headers, model)
         request = _with_headers(decoded.request, headers)
         how: How = "miss"
         if self._cache is None:
-            response = await _while_connected(model.infer(request), receive, self._watches)
+            response = await model.infer(request)
         else:
-            response, how = await _while_connected(self._cache.infer(model, request), receive, self._watches)
+            response, how = await self._cache.infer(model, request)
         encoded = await _encode(response, decoded.reply)
         return Answer(200, _headers(response, encoded, how, time.perf_counter() - arrived_s), encoded.parts)
 
@@ -107,6 +154,17 @@ class InferBranch(Generic[_Model]):
         return found
 
 
+class _AsgiCall:
+    expects_continue = False  # the server that called has seen to it
+
+    def __init__(self, scope: Scope, receive: Receive, name: str, version: str, limit_bytes: int) -> None:
+        self.name, self.version, self.headers = name, version, dict(scope["headers"])
+        self._receive, self._limit_bytes = receive, limit_bytes
+
+    async def body(self) -> bytes | bytearray:
+        return await read_body(self._receive, self._limit_bytes)
+
+
 def infer_target(path: str) -> tuple[str, str] | None:
     """Return name and version ("" when not given) of an infer path, ``None`` for every other path."""
     if not (path.endswith("/infer") and path.startswith("/v2/models/")):
@@ -116,11 +174,6 @@ def infer_target(path: str) -> tuple[str, str] | None:
     if not name or "/" in name or "/" in version or (separator and not version):
         return None
     return name, version
-
-
-def expects_continue(scope: Scope) -> bool:
-    """Return whether a client waits for ``100 Continue`` before it sends the body of its request."""
-    return any(name == b"expect" and value.lower() == b"100-continue" for name, value in scope["headers"])
 
 
 # Longer JSON than one slice is read and written in a worker thread. One slice would hold the GIL there as long as here,
@@ -178,52 +231,6 @@ def _timeout_s(text: str) -> float:
     if not 0 < milliseconds < math.inf:
         raise MalformedRequest(f"slipstream-timeout-ms is {text!r}; it must be a number of milliseconds above 0")
     return milliseconds / 1e3
-
-
-async def _while_connected(answering: Coroutine[Any, Any, _Result], receive: Receive, watches: Alarms) -> _Result:
-    """Await an answer, and cancel the answering when its client leaves.
-
-    Raises:
-        ClientLeft: If the client left first.
-    """
-    departure = _Departure(receive, watches)
-    try:
-        return await answering
-    except asyncio.CancelledError:
-        if not departure.noticed:
-            raise
-        departure.task.uncancel()
-        raise ClientLeft from None
-    finally:
-        departure.stop()
-
-
-class _Departure:
-    """Cancels the current task once its client has left; costs one alarm for requests that are answered soon."""
-
-    __slots__ = ("_receive", "_watcher", "_watches", "noticed", "task")
-
-    def __init__(self, receive: Receive, watches: Alarms) -> None:
-        task = asyncio.current_task()
-        if task is None:
-            raise RuntimeError("a request must be answered in a task")
-        self.task, self.noticed, self._receive, self._watches = task, False, receive, watches
-        self._watcher: asyncio.Task[None] | None = None
-        watches.set(self._start)
-
-    def stop(self) -> None:
-        self._watches.clear(self._start)
-        if self._watcher is not None:
-            self._watcher.cancel()
-
-    def _start(self) -> None:
-        self._watcher = self.task.get_loop().create_task(self._watch())
-
-    async def _watch(self) -> None:
-        while (await self._receive())["type"] != "http.disconnect":
-            pass
-        self.noticed = True
-        self.task.cancel()
 
 
 async def _encode(response: InferResponse, reply: ReplyFormat) -> Encoded:

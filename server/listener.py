@@ -22,25 +22,19 @@ import sys
 from types import FrameType
 
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from server.errors import HeadersTooLarge, MalformedRequest, RequestError, RequestTimeout, StartupError
-from server.http import answer_of
-from server.serving import Application
+from server.connection import Application, Connection
+from server.errors import StartupError
 
 logger = logging.getLogger(__name__)
 
-# Longer than the idle time of the usual load balancers and client pools (60 s): a server that closes first answers
-# requests that are already under way with a reset.
-KEEP_ALIVE_S = 75
 # What an open connection without a request gets to send one once the socket is closed.
 IDLE_CONNECTION_S = 0.25
 # What requests that the closing models refused get to send their answers.
 LAST_ANSWERS_S = 1.0
 # What handshakes under way get to finish after new ones are dropped.
 HANDSHAKE_S = 0.05
-# Request line and headers; what proxies and cookies make of them stays far below.
-MAX_HEAD_BYTES = 64 * 1024
 _STEP_S = 0.02
 _SO_ATTACH_FILTER = 26
 
@@ -96,67 +90,6 @@ def drop_new_connections(listening: socket.socket) -> bool:
     return True
 
 
-class _Protocol(HttpToolsProtocol):
-    """Uvicorn's, with bounds on the size of request line and headers, and on the time that they take to come.
-
-    What is refused here gets an answer in the one error form.
-    """
-
-    # The head that is coming: its bytes so far, and since when it is waited for. ``None`` once it has come, and while
-    # uvicorn itself bounds the time that an idle connection stays open.
-    _head_bytes = 0
-    _head_since_s: float | None = None
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        super().connection_made(transport)  # type: ignore[arg-type]
-        self._head_since_s = self.loop.time()
-
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        if self.cycle is not None and self.cycle.scope is self.scope:
-            self._head_bytes, self._head_since_s = 0, None
-            return
-        self._head_bytes += len(data)
-        if self._head_since_s is None:
-            self._head_since_s = self.loop.time()
-        if self._head_bytes > MAX_HEAD_BYTES:
-            self._refuse(
-                HeadersTooLarge(
-                    f"the request line and headers have {self._head_bytes} bytes so far; "
-                    f"this server takes {MAX_HEAD_BYTES}"
-                )
-            )
-
-    def refuse_late_head(self, timeout_s: float) -> None:
-        """Answer 408 and close the connection if it has waited longer than this for the headers of a request."""
-        if self._head_since_s is None or self._is_answering:
-            return
-        if self.loop.time() - self._head_since_s >= timeout_s:
-            self._refuse(
-                RequestTimeout(f"the request headers did not come within {timeout_s:g} s (set --body-timeout-s)")
-            )
-
-    def send_400_response(self, msg: str) -> None:
-        self._refuse(MalformedRequest(msg))
-
-    @property
-    def _is_answering(self) -> bool:
-        return self.cycle is not None and not self.cycle.response_complete
-
-    def _refuse(self, error: RequestError) -> None:
-        self._head_since_s = None
-        if self.transport.is_closing():
-            return
-        if self._is_answering:  # the answer to the request before this one may be half sent
-            self.transport.close()
-            return
-        answer = answer_of(error)
-        headers = [header for header in answer.headers if header[0] != b"connection"]
-        head = b"".join(b"%s: %s\r\n" % header for header in (*headers, (b"connection", b"close")))
-        self.transport.write(b"".join([STATUS_LINE[answer.status], head, b"\r\n", *answer.parts]))
-        self.transport.close()
-
-
 class Listener(uvicorn.Server):
     """Uvicorn with this process's own way to start and to stop.
 
@@ -172,7 +105,7 @@ class Listener(uvicorn.Server):
             uvicorn.Config(
                 app,
                 loop="uvloop",
-                http=_Protocol,
+                http=Connection,
                 ws="none",
                 interface="asgi3",
                 lifespan="on",
@@ -182,7 +115,6 @@ class Listener(uvicorn.Server):
                 access_log=False,
                 proxy_headers=False,
                 server_header=False,
-                timeout_keep_alive=KEEP_ALIVE_S,
             )
         )
         self.failure: BaseException | None = None
@@ -207,13 +139,13 @@ class Listener(uvicorn.Server):
         self._app.listens_on(url_of(self._listening), self._fail)
 
     async def main_loop(self) -> None:
-        """Wait for the stop; at least once a second, renew the Date header and look for headers that do not come."""
+        """Wait for the stop; at least once a second, renew the Date header and look for what does not come."""
         timeout_s = self._app.settings.body_timeout_s
         while not self._stop.is_set():
             await self.on_tick(0)
             for connection in list(self.server_state.connections):
-                if isinstance(connection, _Protocol):
-                    connection.refuse_late_head(timeout_s)
+                if isinstance(connection, Connection):
+                    connection.look(timeout_s)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(min(1, timeout_s)):
                     await self._stop.wait()
@@ -282,7 +214,7 @@ class Listener(uvicorn.Server):
                 await loop.connect_accepted_socket(self._make_protocol, accepted)
 
     def _make_protocol(self) -> asyncio.Protocol:
-        return _Protocol(self.config, self.server_state, self.lifespan.state)
+        return Connection(self.config, self.server_state, self.lifespan.state)
 
     async def _finish_requests(self, timeout_s: float) -> bool:
         """Wait until every connection is closed and every request answered; return whether that came true in time."""

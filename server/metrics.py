@@ -5,8 +5,10 @@ of shadowed requests and of the response cache.
 ``code`` is ``ok`` or the code of an error in ``server.errors``, so every refusal is counted by its reason.
 """
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge
 from prometheus_client.exposition import generate_latest
+
+from server.tallies import Tallies, Tally
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 # 100 us to 26 s, each bucket twice the one before.
@@ -26,12 +28,8 @@ class Metrics:
         self.requests = Counter(
             "slipstream_requests", "Finished requests by result.", (*_MODEL, "code"), registry=registry
         )
-        self.request_seconds = Histogram(
-            "slipstream_request_seconds", "Arrival to answer.", _MODEL, buckets=SECONDS, registry=registry
-        )
-        self.queue_seconds = Histogram(
-            "slipstream_queue_seconds", "Admission to dispatch.", _MODEL, buckets=SECONDS, registry=registry
-        )
+        self.request_seconds = Tallies("slipstream_request_seconds", "Arrival to answer.", _MODEL, SECONDS, registry)
+        self.queue_seconds = Tallies("slipstream_queue_seconds", "Admission to dispatch.", _MODEL, SECONDS, registry)
         self.queue_rows = Gauge("slipstream_queue_rows", "Rows that wait now.", _MODEL, registry=registry)
         self.model_ready = Gauge("slipstream_model_ready", "1 while the model serves.", _MODEL, registry=registry)
         self.model_versions = Gauge(
@@ -59,14 +57,10 @@ class Metrics:
             registry=registry,
         )
         self.lane_up = Gauge("slipstream_lane_up", "1 while the lane takes work.", _LANE, registry=registry)
-        self.batch_rows = Histogram(
-            "slipstream_batch_rows", "Rows per executed batch.", _LANE, buckets=ROWS, registry=registry
-        )
-        self.compute_seconds = Histogram(
-            "slipstream_compute_seconds", "Run time per batch.", _LANE, buckets=SECONDS, registry=registry
-        )
-        self.prediction_ratio = Histogram(
-            "slipstream_prediction_ratio", "Run time by its prediction.", _LANE, buckets=RATIOS, registry=registry
+        self.batch_rows = Tallies("slipstream_batch_rows", "Rows per executed batch.", _LANE, ROWS, registry)
+        self.compute_seconds = Tallies("slipstream_compute_seconds", "Run time per batch.", _LANE, SECONDS, registry)
+        self.prediction_ratio = Tallies(
+            "slipstream_prediction_ratio", "Run time by its prediction.", _LANE, RATIOS, registry
         )
         self.retries = Counter(
             "slipstream_retries", "Requests run once more after their batch failed.", _MODEL, registry=registry
@@ -112,7 +106,7 @@ class ModelMetrics:
         self._retries = metrics.retries.labels(model, version)
         self._brownout = metrics.brownout.labels(model, version)
         self._results: dict[str, Counter] = {}
-        self._lanes: dict[tuple[str, str], tuple[Histogram, Histogram, Histogram]] = {}
+        self._lanes: dict[tuple[str, str], tuple[Tally, Tally, Tally]] = {}
 
     def request_finished(self, code: str, seconds: float) -> None:
         """Count one answer: ``ok`` or an error's code, and its time since arrival."""

@@ -50,13 +50,15 @@ class RemoteModels:
         return (name, version) in self._known
 
     async def look_up(self, name: str, version: str) -> None:
-        """Ask the engine for a model, so that ``get`` finds it.
+        """Ask the engine for a model, unless it is known, so that ``get`` finds it.
 
         Raises:
             UnknownModel: If there is no such name or version.
             ModelNotReady: If it takes no requests now.
             Unavailable: If there is no engine.
         """
+        if self.knows(name, version):
+            return
         message = self._engine.codecs.look_up.encode((name, version))
         found: Found = await self._engine.call(channel.LOOK_UP, message)
         self._known[name, version] = RemoteModel(self._engine, found)

@@ -1,11 +1,7 @@
 """What the HTTP layer needs of what it serves, be that in the same process or behind a channel in another one."""
 
-from collections.abc import Callable
 from typing import Literal, Protocol, TypeVar
 
-from starlette.types import Receive, Scope, Send
-
-from server.settings import Settings
 from server.tensors import InferRequest, InferResponse, Signature
 
 How = Literal["hit", "shared", "miss"]
@@ -66,28 +62,3 @@ class RequestCounters(Protocol):
 
     def of_model(self, name: str, version: str) -> RequestCounter:
         """Return a counter for a model version."""
-
-
-class Application(Protocol):
-    """An ASGI application, as its listener sees it.
-
-    Attributes:
-        draining: Set when the server is about to stop: ``ready`` then answers 503 while requests are still served.
-    """
-
-    draining: bool
-
-    @property
-    def settings(self) -> Settings:
-        """What the server was told."""
-
-    def listens_on(self, url: str, fail: Callable[[BaseException], None]) -> None:
-        """Learn that connections are accepted.
-
-        Args:
-            url: Where.
-            fail: To be called, once, with the reason if there turns out to be nothing to serve.
-        """
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one ASGI scope."""

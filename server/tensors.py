@@ -118,8 +118,8 @@ class Signature(msgspec.Struct, frozen=True):
         Raises:
             SignatureMismatch: If a name is not an output of the model.
         """
-        known = [spec.name for spec in self.outputs]
         for name in names:
+            known = [spec.name for spec in self.outputs]
             if name not in known:
                 raise SignatureMismatch(f"unexpected inference output '{name}'; the model gives {known}")
 

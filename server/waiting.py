@@ -129,7 +129,9 @@ class RequestQueue(Generic[AnswerT]):
         heapify(self._order)
 
     def rows_before(self, rank_s: float) -> int:
-        """Count the rows that go before, or with, a request of this rank; O(waiting requests)."""
+        """Count the rows that go before, or with, a request of this rank; O(keys) for one that goes last."""
+        if all(waiting[-1].rank_s <= rank_s for waiting in self._waiting.values()):
+            return self.rows
         return sum(pending.rows for pending in self if pending.rank_s <= rank_s)
 
 

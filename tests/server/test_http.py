@@ -1,6 +1,5 @@
 """Bodies in, answers out."""
 
-import asyncio
 import gzip
 import json
 import logging
@@ -19,7 +18,7 @@ from server.errors import (
     SlipstreamError,
     UnsupportedEncoding,
 )
-from server.http import JOINED_BYTES, Answer, ClientLeft, ReadTimeout, answer_of, read_body, send_answer
+from server.http import JOINED_BYTES, Answer, ClientLeft, answer_of, check_head, decompressed, read_body, send_answer
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -48,7 +47,8 @@ class Receiver:
 
 async def read(receive: Receiver, **headers: str) -> bytes:
     raw = {name.replace("_", "-").encode(): value.encode() for name, value in headers.items()}
-    return bytes(await read_body(raw, receive, LIMIT, ReadTimeout(3600)))
+    check_head(raw, LIMIT)
+    return bytes(await decompressed(await read_body(receive, LIMIT), raw, LIMIT))
 
 
 async def test_body_in_one_message_or_many_is_the_same() -> None:
@@ -124,40 +124,9 @@ async def test_unknown_encoding_is_refused_before_anything_is_read() -> None:
     assert receive.calls == 0
 
 
-class Silence:
-    """An ASGI ``receive`` that never answers, and tells when it is asked."""
-
-    def __init__(self) -> None:
-        self.asked = asyncio.Event()
-
-    async def __call__(self) -> dict[str, Any]:
-        self.asked.set()
-        await asyncio.Event().wait()
-        raise AssertionError
-
-
-async def test_body_that_does_not_come_is_given_up() -> None:
-    clock = ReadTimeout(0.01)
-    waiting = [asyncio.create_task(read_body({}, Silence(), LIMIT, clock)) for _ in range(2)]
-    assert await read_body({}, Receiver(b"abc"), LIMIT, clock) == b"abc"
-    for task in waiting:
-        with pytest.raises(RequestTimeout, match=r"did not come within 0\.01 s \(set --body-timeout-s\)"):
-            await task
-        assert task.cancelling() == 0
-    with pytest.raises(RequestTimeout):  # the timer that has fired is armed again
-        await read_body({}, Silence(), LIMIT, clock)
+def test_late_body_closes_its_connection() -> None:
     answer = answer_of(RequestTimeout("late"))
     assert (answer.status, (b"connection", b"close") in answer.headers) == (408, True)
-
-
-async def test_cancelled_reading_is_no_timeout_and_leaves_nothing_behind() -> None:
-    clock, silence = ReadTimeout(3600), Silence()
-    task = asyncio.create_task(read_body({}, silence, LIMIT, clock))
-    await silence.asked.wait()
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
-    assert not len(clock._alarms)
 
 
 def leaves_of(kind: type[SlipstreamError]) -> list[type[SlipstreamError]]:

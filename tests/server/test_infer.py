@@ -1,4 +1,4 @@
-"""The infer branch as an ASGI callable, with a fake model behind it."""
+"""The infer branch, called through ASGI or directly, with a fake model behind it."""
 
 import asyncio
 import json
@@ -11,7 +11,7 @@ import pytest
 
 from server import infer
 from server.cache import ResponseCache
-from server.errors import DeadlineExpired, QueueFull
+from server.errors import DeadlineExpired, QueueFull, RequestTimeout
 from server.infer import InferBranch, infer_target
 from server.metrics import Metrics
 from server.tensors import InferRequest, InferResponse
@@ -190,14 +190,44 @@ async def test_cache_says_where_the_answer_came_from(repository: FakeRepository,
     assert len(repository.models["2"].requests) == 1
 
 
+class Call:
+    """One request whose body comes when the test says so."""
+
+    name, version, expects_continue = "m", "", False
+
+    def __init__(self, headers: dict[bytes, bytes] | None = None) -> None:
+        self.headers = headers or {}
+        self.coming: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+
+    async def body(self) -> bytes:
+        return await self.coming
+
+
 async def test_body_that_does_not_come_is_answered_and_counted(repository: FakeRepository, metrics: Metrics) -> None:
-    exchange = Exchange()
-    exchange._body.clear()
-    branch = InferBranch(repository, metrics, 1_000_000, body_timeout_s=0.01)  # type: ignore[arg-type]
-    await branch(exchange.scope, exchange.receive, exchange.send, "m", "")
-    assert (exchange.status, exchange.headers["connection"]) == (408, "close")
-    assert json.loads(exchange.body)["code"] == "request_timeout"
+    call = Call()
+    call.coming.set_exception(RequestTimeout("late"))
+    answer = await InferBranch(repository, metrics, 1_000_000).answer(call)  # type: ignore[arg-type]
+    assert (answer.status, (b"connection", b"close") in answer.headers) == (408, True)
+    assert json.loads(answer.parts[0])["code"] == "request_timeout"
     assert counted(metrics, "request_timeout") == 1
+
+
+async def test_what_the_head_rules_out_is_refused_before_the_body(repository: FakeRepository) -> None:
+    branch = InferBranch(repository, Metrics(), 10)  # type: ignore[arg-type]
+    assert (await branch.answer(Call({b"content-length": b"11"}))).status == 413
+    assert (await branch.answer(Call({b"content-encoding": b"br"}))).status == 415
+
+
+async def test_models_are_looked_up_before_they_are_asked_for(repository: FakeRepository) -> None:
+    looked_up = []
+
+    async def look_up(name: str, version: str) -> None:
+        looked_up.append((name, version))
+        raise QueueFull("not now", 1.0)
+
+    branch = InferBranch(repository, Metrics(), 1_000_000, look_up=look_up)  # type: ignore[arg-type]
+    assert (await branch.answer(Call())).status == 429
+    assert looked_up == [("m", "")]
 
 
 async def test_wrong_method_names_the_right_one(repository: FakeRepository) -> None:
@@ -249,57 +279,34 @@ async def test_defect_is_an_internal_error_without_its_text(
     assert counted(metrics, "internal") == 1
 
 
-async def test_client_that_leaves_cancels_its_request(
-    repository: FakeRepository, metrics: Metrics, monkeypatch: pytest.MonkeyPatch
+async def test_cancelling_the_answer_cancels_the_request_and_is_counted(
+    repository: FakeRepository, metrics: Metrics
 ) -> None:
-    monkeypatch.setattr(infer, "WATCH_AFTER_S", 0)
-    exchange, waiting = Exchange(), asyncio.get_running_loop().create_future()
-
-    async def wait(request: InferRequest) -> InferResponse:
-        exchange.client_left.set()
-        return await waiting  # type: ignore[no-any-return]
-
-    repository.models["2"].answer = wait
-    async with asyncio.timeout(10):
-        await call(repository, exchange, metrics=metrics)
-    assert waiting.cancelled()
-    assert exchange.messages == []
-    task = asyncio.current_task()
-    assert task is not None
-    assert task.cancelling() == 0  # the cancellation is spent: whoever awaits next is not hit by it
-    assert counted(metrics, "cancelled") == 1
-
-
-async def test_cancellation_from_elsewhere_is_not_mistaken_for_a_client_that_left(repository: FakeRepository) -> None:
-    started = asyncio.Event()
+    started, waiting = asyncio.Event(), asyncio.get_running_loop().create_future()
 
     async def wait(request: InferRequest) -> InferResponse:
         started.set()
-        await asyncio.Event().wait()
-        raise AssertionError
+        return await waiting  # type: ignore[no-any-return]
 
     repository.models["2"].answer = wait
-    task = asyncio.create_task(call(repository, Exchange()))
+    call = Call()
+    call.coming.set_result(BODY)
+    task = asyncio.create_task(InferBranch(repository, metrics, 1_000_000).answer(call))  # type: ignore[arg-type]
     await started.wait()
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
+    assert waiting.cancelled()
+    assert counted(metrics, "cancelled") == 1
 
 
-async def test_watching_for_departures_ends_with_the_answer(
-    repository: FakeRepository, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(infer, "WATCH_AFTER_S", 0)
-
-    async def slow(request: InferRequest) -> InferResponse:
-        for _ in range(5):
-            await asyncio.sleep(0)
-        return InferResponse("m", "2", "", {"y": request.inputs["x"]}, "fp32", "cpu", 1, 0.0, 0.0)
-
-    repository.models["2"].answer = slow
-    assert (await call(repository, Exchange())).status == 200
-    await asyncio.sleep(0)
-    assert asyncio.all_tasks() == {asyncio.current_task()}
+async def test_client_that_leaves_in_its_body_gets_no_answer(repository: FakeRepository, metrics: Metrics) -> None:
+    exchange = Exchange()
+    exchange._body.clear()
+    exchange.client_left.set()
+    await call(repository, exchange, metrics=metrics)
+    assert exchange.messages == []
+    assert counted(metrics, "cancelled") == 1
 
 
 @pytest.mark.parametrize(("rows", "off_loop"), [(1, False), (4000, False), (20_000, True)])

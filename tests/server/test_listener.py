@@ -1,13 +1,11 @@
 """The socket, and the parts of stopping that no clock should decide; the rest is tested end to end."""
 
 import asyncio
-import contextlib
 import os
 import signal
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -15,13 +13,10 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from server import listener
 from server.app import create_app, served_models
 from server.errors import StartupError
-from server.listener import MAX_HEAD_BYTES, Listener, bind, drop_new_connections, url_of
+from server.listener import Listener, bind, drop_new_connections, url_of
 from server.metrics import Metrics
 from server.settings import Settings
 from tests.server.fakes import FakeRepository
-
-HEAD = b"POST /v2/models/m/infer HTTP/1.1\r\nHost: x\r\n"
-BODY = b'{"inputs": [{"name": "x", "shape": [1, 4], "datatype": "FP32", "data": [1, 2, 3, 4]}]}'
 
 
 class Connection:
@@ -44,106 +39,6 @@ def repository() -> FakeRepository:
 def server(repository: FakeRepository) -> Iterator[Listener]:
     with bind("127.0.0.1", 0) as listening:
         yield Listener(create_app(Settings(), repository, Metrics()), listening)  # type: ignore[arg-type]
-
-
-@contextlib.asynccontextmanager
-async def serving(**settings: Any) -> AsyncIterator[int]:
-    """A real listener with a fake model; yields its port."""
-    with bind("127.0.0.1", 0) as listening:
-        given = Settings(shutdown_grace_s=0, **settings)
-        app = create_app(given, FakeRepository(), Metrics())  # type: ignore[arg-type]
-        server = Listener(app, listening)
-        server.config.load()
-        server.lifespan = server.config.lifespan_class(server.config)
-        await server.startup(sockets=[listening])
-        looking = asyncio.create_task(server.main_loop())
-        try:
-            yield listening.getsockname()[1]
-        finally:
-            server._stop.set()
-            await looking
-            await server.shutdown()
-
-
-async def said_to(port: int, *sent: bytes) -> bytes:
-    """Everything that the server says until it closes the connection."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    for part in sent:
-        writer.write(part)
-        await writer.drain()
-    async with asyncio.timeout(30):
-        said = await reader.read()
-    writer.close()
-    with contextlib.suppress(ConnectionError):
-        await writer.wait_closed()
-    return said
-
-
-@pytest.mark.parametrize("sent", [(), (b"POST /v2/mod",), (HEAD, b"Accept: */*\r\n")])
-async def test_headers_that_do_not_come_are_answered_and_the_connection_closed(sent: tuple[bytes, ...]) -> None:
-    async with serving(body_timeout_s=0.05) as port:
-        said = await said_to(port, *sent)
-    assert said.startswith(b"HTTP/1.1 408 Request Timeout\r\n")
-    assert said.count(b"connection: close") == 1
-    assert b'"code":"request_timeout"' in said
-
-
-@pytest.mark.parametrize("length", [b"Content-Length: 100", b"Transfer-Encoding: chunked"])
-async def test_body_that_does_not_come_is_answered_and_the_connection_closed(length: bytes) -> None:
-    async with serving(body_timeout_s=0.05) as port:
-        said = await said_to(port, HEAD + length + b"\r\n\r\n", b"5\r\n12345\r\n")
-    assert said.startswith(b"HTTP/1.1 408 Request Timeout\r\n")
-    assert b"connection: close" in said
-    assert b"the request body did not come within 0.05 s" in said
-
-
-async def test_idle_connection_that_has_been_answered_is_not_late() -> None:
-    connection = listener._Protocol.__new__(listener._Protocol)
-    connection.refuse_late_head(0)  # would need a loop and a transport if it were
-
-
-async def test_headers_without_end_are_refused() -> None:
-    async with serving() as port:
-        said = await said_to(port, HEAD + b"x: " + b"y" * (MAX_HEAD_BYTES + 1))
-    assert said.startswith(b"HTTP/1.1 431 ")
-    assert b'"code":"headers_too_large"' in said
-
-
-async def test_large_body_does_not_count_as_headers() -> None:
-    async with serving() as port:
-        body = BODY + b" " * (2 * MAX_HEAD_BYTES)
-        length = b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(body)
-        assert b"200 OK" in await said_to(port, HEAD + length, body)
-        assert b"200 OK" in await said_to(port, HEAD + length + body)
-
-
-async def test_what_is_no_http_is_answered_in_the_one_error_form() -> None:
-    async with serving() as port:
-        said = await said_to(port, b"hello\r\n\r\n")
-    assert said.startswith(b"HTTP/1.1 400 Bad Request\r\n")
-    assert b'"code":"malformed_request"' in said
-
-
-async def test_client_that_waits_for_leave_to_send_too_much_is_refused_without_leave() -> None:
-    async with serving(max_body_bytes=10) as port:
-        said = await said_to(port, HEAD + b"Expect: 100-continue\r\nContent-Length: 11\r\n\r\n")
-    assert said.startswith(b"HTTP/1.1 413 ")
-    assert b"100 Continue" not in said
-
-
-async def test_client_that_waits_for_leave_to_send_gets_it() -> None:
-    async with serving() as port:
-        length = b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(BODY)
-        said = await said_to(port, HEAD + b"Expect: 100-continue\r\n" + length, BODY)
-    assert said.startswith(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\n")
-
-
-async def test_chunked_body_over_the_limit_is_refused_before_its_end() -> None:
-    async with serving(max_body_bytes=10) as port:
-        said = await said_to(
-            port, HEAD + b"Connection: close\r\nTransfer-Encoding: chunked\r\n\r\n6\r\n123456\r\n6\r\n123456\r\n"
-        )
-    assert said.startswith(b"HTTP/1.1 413 ")
 
 
 async def test_open_connection_gets_time_to_send_its_request(server: Listener, monkeypatch: pytest.MonkeyPatch) -> None:

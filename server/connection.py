@@ -269,7 +269,7 @@ class Exchange:
     """
 
     __slots__ = (
-        "_body", "_connection", "_error", "_is_whole", "_task", "_whole", "expects_continue", "headers",
+        "_body", "_cancel", "_connection", "_error", "_is_whole", "_task", "_whole", "expects_continue", "headers",
         "keep_alive", "may_start", "name", "response_complete", "version",
     )  # fmt: skip
 
@@ -289,7 +289,7 @@ class Exchange:
         self._body = Body(connection.infer.max_body_bytes)
         self._error: RequestError | None = None
         self._whole: asyncio.Future[None] | None = None
-        self._task: asyncio.Task[None] | None = None
+        self._cancel: Callable[[], object] | None = None
 
     def feed(self, chunk: bytes) -> None:
         """Take a part of the body."""
@@ -315,17 +315,22 @@ class Exchange:
 
     def start(self) -> None:
         """Begin to answer, if it is its turn and has not begun."""
-        if self._task is None and self.may_start and not self._connection.transport.is_closing():
-            connection = self._connection
-            connection.running = self
-            self._task = task = connection.loop.create_task(self._answer())
-            connection.tasks.add(task)
+        connection = self._connection
+        if self._cancel is not None or not self.may_start or connection.transport.is_closing():
+            return
+        connection.running = self
+        if self._is_whole and self._error is None:
+            self._cancel = connection.infer.begin(self, self._body.whole, self._send)
+        if self._cancel is None:
+            self._task = connection.loop.create_task(self._answer())
+            self._cancel = self._task.cancel
+            connection.tasks.add(self._task)
 
     def leave(self) -> None:
         """Stop: the client has left."""
         self.response_complete = True
-        if self._task is not None:
-            self._task.cancel()
+        if self._cancel is not None:
+            self._cancel()
 
     async def body(self) -> bytes | bytearray:
         """Return the body once it has come; see ``infer.Call``."""
@@ -341,20 +346,31 @@ class Exchange:
     async def _answer(self) -> None:
         connection = self._connection
         try:
-            answer = await connection.infer.answer(self)
-            if connection.transport.is_closing():
-                return
-            self.keep_alive = connection.send(answer, keep_alive=self.keep_alive)
-            if connection.flow.write_paused:
-                await connection.flow.drain()
-            self.response_complete = True
-            connection.running = None
-            if not self.keep_alive:
-                connection.transport.close()
-            connection.on_response_complete()
+            self._send(await connection.infer.answer(self))
         except BaseException:
             connection.transport.close()  # cancelled: the client has left, or the server ends
             raise
         finally:
-            connection.running = None if connection.running is self else connection.running
-            connection.tasks.discard(cast("asyncio.Task[None]", self._task))
+            connection.tasks.discard(self._task)
+
+    def _send(self, answer: Answer) -> None:
+        connection = self._connection
+        if connection.transport.is_closing():
+            return
+        self.keep_alive = connection.send(answer, keep_alive=self.keep_alive)
+        if connection.flow.write_paused and self.keep_alive:
+            self._task = connection.loop.create_task(self._drain())
+        else:
+            self._end()
+
+    async def _drain(self) -> None:
+        await self._connection.flow.drain()
+        self._end()
+
+    def _end(self) -> None:
+        connection = self._connection
+        self.response_complete = True
+        connection.running = None
+        if not self.keep_alive:
+            connection.transport.close()
+        connection.on_response_complete()

@@ -4,22 +4,20 @@ An exchange on a connection (``server.connection``) calls ``InferBranch`` past A
 costs three times a whole bare request. Answers are not compressed, not even for clients that send ``Accept-Encoding``:
 some clients always send it, and tensors compress badly for the time it takes.
 
-Source: the Open Inference Protocol, and its binary tensor data extension for ``Inference-Header-Content-Length``; W3C
-Server Timing.
+Source: the Open Inference Protocol, and its binary tensor data extension for ``Inference-Header-Content-Length``.
 """
 
 import asyncio
-import math
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Generic, Protocol, TypeVar
+from functools import partial
+from typing import Any, Generic, Protocol, TypeVar
 
-import msgspec
 from starlette.types import Receive, Scope, Send
 
-from server.errors import MalformedRequest, SlipstreamError
+from server.errors import SlipstreamError
+from server.headers import answer_headers, header_length, with_headers
 from server.http import (
-    JSON,
     Answer,
     ClientLeft,
     answer_of,
@@ -31,12 +29,14 @@ from server.http import (
 )
 from server.json_numbers import SLICE_BYTES, SLICE_NUMBERS
 from server.serving import Cache, How, Model, Models, RequestCounter, RequestCounters
-from server.tensors import PRIORITIES, InferRequest, InferResponse
+from server.tensors import InferRequest, InferResponse
 from server.wire import Decoded, Encoded, ReplyFormat, decode, encode
 
 # A version that was replaced answers for some seconds more what had found it.
 SLOW_BODY_S = 1.0
 CANCELLED = "cancelled"
+Body = bytes | bytearray
+Answered = Callable[[Answer], None]
 _Model = TypeVar("_Model", bound=Model)
 
 
@@ -59,7 +59,7 @@ class Call(Protocol):
     def expects_continue(self) -> bool:
         """Whether the client waits for ``100 Continue`` before it sends the body."""
 
-    async def body(self) -> bytes | bytearray:
+    async def body(self) -> Body:
         """Return the whole body, as it was sent.
 
         Raises:
@@ -91,6 +91,29 @@ class InferBranch(Generic[_Model]):
         self._cache, self._look_up = cache, look_up
         self._counter_of: dict[tuple[str, str], RequestCounter] = {}
 
+    def begin(self, call: Call, body: Body, answered: Answered) -> Callable[[], object] | None:
+        """Answer one request without a task, if nothing but its run has to be waited for.
+
+        A task and its coroutines cost a small request a tenth of its time.
+
+        Args:
+            call: The request.
+            body: Its body.
+            answered: Called with the answer, now or later; not if the run was cancelled.
+
+        Returns:
+            What cancels the run, for a client that leaves; ``None`` if ``answer`` must be awaited instead.
+        """
+        model = self._models.find(call.name, call.version)
+        if model is None or self._cache is not None or b"content-encoding" in call.headers:
+            return None
+        turn = _Turn(self._counter(model), model, answered)
+        try:
+            return turn.begin(body, call.headers)
+        except Exception as exc:  # noqa: BLE001  (as in answer)
+            turn.fail(exc)
+            return _nothing
+
     async def answer(self, call: Call) -> Answer:
         """Answer one request, with an error if it must be.
 
@@ -108,7 +131,7 @@ class InferBranch(Generic[_Model]):
             code = CANCELLED
             raise
         except Exception as exc:  # noqa: BLE001  (the boundary where every error becomes an answer)
-            code = exc.code if isinstance(exc, SlipstreamError) else SlipstreamError.code
+            code = _code_of(exc)
             return answer_of(exc, expects_continue=call.expects_continue)
         finally:
             if model is not None:
@@ -128,7 +151,7 @@ class InferBranch(Generic[_Model]):
             return
 
     async def _infer(self, model: _Model, call: Call, arrived_s: float) -> Answer:
-        headers = call.headers
+        loop, headers = asyncio.get_running_loop(), call.headers
         check_head(headers, self.max_body_bytes)
         body = await call.body()
         if b"content-encoding" in headers:
@@ -136,15 +159,20 @@ class InferBranch(Generic[_Model]):
         if time.perf_counter() - arrived_s > SLOW_BODY_S:
             # The one found before may have been replaced meanwhile.
             model = self._models.get(model.name, call.version)
-        decoded = await _decode(body, headers, model)
-        request = _with_headers(decoded.request, headers)
+        if _is_short(body, headers):
+            request, reply = _read(body, headers, model)
+        else:
+            request, reply = await loop.run_in_executor(None, _read, body, headers, model)
         how: How = "miss"
         if self._cache is None:
             response = await model.infer(request)
         else:
             response, how = await self._cache.infer(model, request)
-        encoded = await _encode(response, decoded.reply)
-        return Answer(200, _headers(response, encoded, how, time.perf_counter() - arrived_s), encoded.parts)
+        if _is_brief(response, reply):
+            encoded = encode(response, reply)
+        else:
+            encoded = await loop.run_in_executor(None, encode, response, reply)
+        return _answer(response, encoded, how, arrived_s)
 
     def _counter(self, model: Model) -> RequestCounter:
         key = (model.name, model.version)
@@ -154,6 +182,62 @@ class InferBranch(Generic[_Model]):
         return found
 
 
+class _Turn:
+    """One request that is answered without a task."""
+
+    __slots__ = ("_answered", "_arrived_s", "_counter", "_model", "_reply", "_request", "_response")
+
+    _request: InferRequest
+    _reply: ReplyFormat
+    _response: InferResponse
+
+    def __init__(self, counter: RequestCounter, model: Model, answered: Answered) -> None:
+        self._counter, self._model, self._answered = counter, model, answered
+        self._arrived_s = time.perf_counter()
+
+    def begin(self, body: Body, headers: Mapping[bytes, bytes]) -> Callable[[], object] | None:
+        if not _is_short(body, headers):
+            return None
+        self._request, self._reply = _read(body, headers, self._model)
+        run = self._model.begin(self._request)
+        if run is None:
+            return None
+        run.add_done_callback(self._ran)
+        return run.cancel
+
+    def fail(self, error: Exception) -> None:
+        self._count(_code_of(error))
+        self._answered(answer_of(error))
+
+    def _ran(self, run: "asyncio.Future[Any]") -> None:
+        if run.cancelled():
+            self._count(CANCELLED)
+            return
+        try:
+            response = self._model.finish(self._request, run.result())
+            if _is_brief(response, self._reply):
+                self._written(response, encode(response, self._reply))
+            else:
+                writing = run.get_loop().run_in_executor(None, encode, response, self._reply)
+                writing.add_done_callback(partial(self._wrote, response))
+        except Exception as exc:  # noqa: BLE001  (as in answer)
+            self.fail(exc)
+
+    def _wrote(self, response: InferResponse, writing: "asyncio.Future[Encoded]") -> None:
+        try:
+            self._written(response, writing.result())
+        except Exception as exc:  # noqa: BLE001  (as in answer)
+            self.fail(exc)
+
+    def _written(self, response: InferResponse, encoded: Encoded) -> None:
+        answer = _answer(response, encoded, "miss", self._arrived_s)
+        self._count("ok")
+        self._answered(answer)
+
+    def _count(self, code: str) -> None:
+        self._counter.request_finished(code, time.perf_counter() - self._arrived_s)
+
+
 class _AsgiCall:
     expects_continue = False  # the server that called has seen to it
 
@@ -161,7 +245,7 @@ class _AsgiCall:
         self.name, self.version, self.headers = name, version, dict(scope["headers"])
         self._receive, self._limit_bytes = receive, limit_bytes
 
-    async def body(self) -> bytes | bytearray:
+    async def body(self) -> Body:
         return await read_body(self._receive, self._limit_bytes)
 
 
@@ -178,83 +262,33 @@ def infer_target(path: str) -> tuple[str, str] | None:
 
 # Longer JSON than one slice is read and written in a worker thread. One slice would hold the GIL there as long as here,
 # and the thread costs another 0.15 ms.
-async def _decode(body: bytes | bytearray, headers: Mapping[bytes, bytes], model: Model) -> Decoded:
-    header_length = _header_length(headers)
-    raw_input = model.signature.inputs[0] if header_length == 0 and len(model.signature.inputs) == 1 else None
-    json_bytes = len(body) if header_length is None else header_length
-    if json_bytes <= SLICE_BYTES:
-        return decode(body, header_length, raw_input)
-    return await asyncio.get_running_loop().run_in_executor(None, decode, body, header_length, raw_input)
+def _is_short(body: Body, headers: Mapping[bytes, bytes]) -> bool:
+    length = header_length(headers)
+    return (len(body) if length is None else length) <= SLICE_BYTES
 
 
-def _header_length(headers: Mapping[bytes, bytes]) -> int | None:
-    text = headers.get(b"inference-header-content-length")
-    if text is None:
-        return None
-    if not text.isdigit() or len(text) > 10:
-        seen = text.decode("latin-1")
-        raise MalformedRequest(f"Inference-Header-Content-Length is {seen!r}; it must be a number of bytes")
-    return int(text)
-
-
-def _with_headers(request: InferRequest, headers: Mapping[bytes, bytes]) -> InferRequest:
-    """Fill in what the body leaves open from the headers ``slipstream-variant``, ``-timeout-ms``, ``-priority``.
-
-    ``slipstream-client`` names whom the work counts for.
-    """
-    variant = headers.get(b"slipstream-variant")
-    if variant is not None and not request.variant:
-        request = msgspec.structs.replace(request, variant=variant.decode("latin-1"))
-    timeout = headers.get(b"slipstream-timeout-ms")
-    if timeout is not None and request.timeout_s is None:
-        request = msgspec.structs.replace(request, timeout_s=_timeout_s(timeout.decode("latin-1")))
-    priority = headers.get(b"slipstream-priority")
-    if priority is not None and not request.priority:
-        request = msgspec.structs.replace(request, priority=_priority(priority))
-    client = headers.get(b"slipstream-client")
-    if client is not None:
-        request = msgspec.structs.replace(request, client=client.decode("latin-1"))
-    return request
-
-
-def _priority(text: bytes) -> int:
-    if not text.isdigit() or int(text) not in PRIORITIES:
-        raise MalformedRequest(f"slipstream-priority is {text.decode('latin-1')!r}; it is 1 (first) to 9 (last)")
-    return int(text)
-
-
-def _timeout_s(text: str) -> float:
-    try:
-        milliseconds = float(text)
-    except ValueError:
-        milliseconds = math.nan
-    if not 0 < milliseconds < math.inf:
-        raise MalformedRequest(f"slipstream-timeout-ms is {text!r}; it must be a number of milliseconds above 0")
-    return milliseconds / 1e3
-
-
-async def _encode(response: InferResponse, reply: ReplyFormat) -> Encoded:
+def _is_brief(response: InferResponse, reply: ReplyFormat) -> bool:
+    if reply.binary and not reply.outputs:
+        return True
     is_binary = reply.outputs
     json_arrays = [array for name, array in response.outputs.items() if not is_binary.get(name, reply.binary)]
-    if sum(array.size for array in json_arrays) <= SLICE_NUMBERS:
-        return encode(response, reply)
-    return await asyncio.get_running_loop().run_in_executor(None, encode, response, reply)
+    return sum(array.size for array in json_arrays) <= SLICE_NUMBERS
 
 
-def _headers(response: InferResponse, encoded: Encoded, how: How, total_s: float) -> list[tuple[bytes, bytes]]:
-    queue_ms, compute_ms = b"%.3f" % (response.queue_s * 1e3), b"%.3f" % (response.compute_s * 1e3)
-    headers = [
-        (b"content-type", JSON if encoded.json_length is None else b"application/octet-stream"),
-        (b"content-length", b"%d" % sum(map(len, encoded.parts))),
-        (b"slipstream-variant", response.variant.encode("latin-1", "replace")),
-        (b"slipstream-device", response.device.encode("latin-1", "replace")),
-        (b"slipstream-batch-rows", b"%d" % response.batch_rows),
-        (b"slipstream-queue-ms", queue_ms),
-        (b"slipstream-compute-ms", compute_ms),
-        (b"server-timing", b"queue;dur=%b, compute;dur=%b, total;dur=%.3f" % (queue_ms, compute_ms, total_s * 1e3)),
-    ]
-    if encoded.json_length is not None:
-        headers.append((b"inference-header-content-length", b"%d" % encoded.json_length))
-    if how != "miss":
-        headers.append((b"slipstream-cache", how.encode()))
-    return headers
+def _read(body: Body, headers: Mapping[bytes, bytes], model: Model) -> Decoded:
+    length = header_length(headers)
+    raw_input = model.signature.inputs[0] if length == 0 and len(model.signature.inputs) == 1 else None
+    decoded = decode(body, length, raw_input)
+    return Decoded(with_headers(decoded.request, headers), decoded.reply)
+
+
+def _answer(response: InferResponse, encoded: Encoded, how: How, arrived_s: float) -> Answer:
+    return Answer(200, answer_headers(response, encoded, how, time.perf_counter() - arrived_s), encoded.parts)
+
+
+def _code_of(error: Exception) -> str:
+    return error.code if isinstance(error, SlipstreamError) else SlipstreamError.code
+
+
+def _nothing() -> None:
+    """Cancel what was answered already."""

@@ -13,6 +13,7 @@ from server.batching import BatchLimits
 from server.errors import ModelNotReady
 from server.lanes import Lanes
 from server.metrics import Metrics, ModelMetrics
+from server.outcome import Completion, Future
 from server.providers import Device
 from server.scheduler import Cores, Scheduler
 from server.session import MEASURED_ROWS, check_text
@@ -127,18 +128,20 @@ class Model:
             self._metrics.variant_served(variant, variant in self.variants)
         self._metrics.ready(True)
 
-    async def infer(self, request: InferRequest) -> InferResponse:
+    def begin(self, request: InferRequest) -> Future:
         """Run one request, alone or in a batch with others.
 
-        Cancelling the call drops the request if its batch has not formed; a batch that runs is not stopped.
+        Cancelling the future drops the request if its batch has not formed; a batch that runs is not stopped.
+
+        Returns:
+            A future of what ``finish`` makes a response of. It fails with ``DeadlineExpired``, ``InferenceFailed``,
+            ``LaneDown`` or ``Draining``.
 
         Raises:
             SignatureMismatch: If the inputs or the wanted outputs do not fit the signature.
             UnknownVariant: If the request pins a variant that is not in service.
             QueueFull: If too many rows wait.
             DeadlineUnmeetable: If the answer is predicted to come after the deadline.
-            DeadlineExpired: If the deadline passed in the queue.
-            InferenceFailed: If the session raised.
             LaneDown: If every lane that could run it fails.
             Draining: If the model is shutting down.
             ModelNotReady: If it has not been started.
@@ -149,8 +152,11 @@ class Model:
         self.signature.check_outputs(request.outputs)
         if self._takes_text:
             check_text(request.inputs)
-        done = await self._scheduler.submit(request)
-        outputs = done.outputs
+        return self._scheduler.submit(request)
+
+    def finish(self, request: InferRequest, outcome: Completion) -> InferResponse:
+        """Make the response to a request of what its future gave."""
+        outputs = outcome.outputs
         if request.outputs:
             outputs = {name: outputs[name] for name in request.outputs}
         response = InferResponse(
@@ -158,15 +164,19 @@ class Model:
             self.version,
             request.id,
             outputs,
-            done.variant,
-            done.device,
-            done.batch_rows,
-            done.queue_s,
-            done.compute_s,
+            outcome.variant,
+            outcome.device,
+            outcome.batch_rows,
+            outcome.queue_s,
+            outcome.compute_s,
         )
         if self.tap is not None and not request.variant:
             asyncio.get_running_loop().call_soon(self.tap, request, response)
         return response
+
+    async def infer(self, request: InferRequest) -> InferResponse:
+        """Run one request; see ``begin``."""
+        return self.finish(request, await self.begin(request))
 
     def run_aside(self, request: InferRequest) -> Tensors:
         """Run one request alone on the preferred variant, before ``start``; blocks.

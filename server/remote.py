@@ -8,6 +8,7 @@ import asyncio
 import socket
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Final
 
 from server import channel
@@ -31,6 +32,14 @@ class RemoteModel:
         self.name, self.version, self.signature = found.name, found.version, found.signature
         self.target, self.engine = found.target, engine
 
+    def begin(self, request: InferRequest) -> "asyncio.Future[Inferred] | None":
+        """Have the engine run one request; ``None`` if there is no room for it now. See ``RemoteEngine.begin``."""
+        return self.engine.begin(channel.INFER, self.engine.codecs.infer.encode(request), self.target)
+
+    def finish(self, request: InferRequest, outcome: Inferred) -> InferResponse:  # noqa: ARG002  (of all models)
+        """Make the response to a request of what its future gave."""
+        return outcome.response
+
     async def infer(self, request: InferRequest) -> InferResponse:
         """Have the engine run one request; see ``RemoteEngine.call`` for what it raises."""
         answer: Inferred = await self.engine.call(channel.INFER, self.engine.codecs.infer.encode(request), self.target)
@@ -45,9 +54,9 @@ class RemoteModels:
         self._known: dict[tuple[str, str], RemoteModel] = {}
         engine.forget = self._forget
 
-    def knows(self, name: str, version: str) -> bool:
-        """Return whether ``get`` finds this one."""
-        return (name, version) in self._known
+    def find(self, name: str, version: str = "") -> RemoteModel | None:
+        """Return a model that was looked up; ``None`` if it was not, or has been forgotten."""
+        return self._known.get((name, version))
 
     async def look_up(self, name: str, version: str) -> None:
         """Ask the engine for a model, unless it is known, so that ``get`` finds it.
@@ -57,7 +66,7 @@ class RemoteModels:
             ModelNotReady: If it takes no requests now.
             Unavailable: If there is no engine.
         """
-        if self.knows(name, version):
+        if self.find(name, version) is not None:
             return
         message = self._engine.codecs.look_up.encode((name, version))
         found: Found = await self._engine.call(channel.LOOK_UP, message)
@@ -69,7 +78,7 @@ class RemoteModels:
         Raises:
             ModelNotReady: If it was not, or has been forgotten.
         """
-        model = self._known.get((name, version))
+        model = self.find(name, version)
         if model is None:
             raise ModelNotReady(f"model '{name}' is being changed; try again")
         return model
@@ -155,6 +164,30 @@ class RemoteEngine:
         opened.made_room = self._wake
         self._channel = opened
         self._gone.clear()
+
+    def begin(self, kind: int, message: Encoded, target: int = 0) -> "asyncio.Future[Any] | None":
+        """Ask the engine, as ``call`` does, if there is room for it now.
+
+        Returns:
+            A future of the decoded answer; cancelling it cancels the request in the engine. ``None`` without room.
+
+        Raises:
+            Unavailable: If there is no engine.
+        """
+        opened = self._channel
+        if opened is None or self.reason:
+            raise Unavailable(self.reason)
+        self._last_call = number = self._last_call + 1
+        if not opened.post(kind, target, number, message):
+            return None
+        self._calls[number] = future = self._loop.create_future()
+        future.add_done_callback(partial(self._end, opened, number))
+        return future
+
+    def _end(self, opened: Channel, number: int, future: "asyncio.Future[Any]") -> None:
+        self._calls.pop(number, None)
+        if future.cancelled():
+            opened.post(channel.CANCEL, 0, number)
 
     async def call(self, kind: int, message: Encoded, target: int = 0) -> Any:
         """Ask the engine; return its decoded answer. Cancelling the call cancels the request in the engine.

@@ -112,6 +112,14 @@ class Repository:
         """
         return [version for version, (state, _) in self._known(name).states().items() if state == "ready"]
 
+    def find(self, name: str, version: str = "") -> Model | None:
+        """Return a model that is ready, as ``get`` does; ``None`` where that raises."""
+        versions = self._models.get(name)
+        if versions is None:
+            return None
+        model = versions.served.get(version) if version else versions.default
+        return model if model is not None and model.ready else None
+
     def get(self, name: str, version: str = "") -> Model:
         """Return a model that is ready; without a version, the default, which is the highest that serves.
 
@@ -121,11 +129,8 @@ class Repository:
             UnknownModel: If there is no such name or version.
             ModelNotReady: If it loads, failed, was unloaded or rolled back, or stops.
         """
-        versions = self._models.get(name)
-        if versions is not None:
-            model = versions.served.get(version) if version else versions.default
-            if model is not None and model.ready:
-                return model
+        if (model := self.find(name, version)) is not None:
+            return model
         states = self._known(name).states()
         if version and version not in states:
             raise UnknownModel(f"Request for unknown model: '{name}' version {version} is not found")

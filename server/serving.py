@@ -1,6 +1,7 @@
 """What the HTTP layer needs of what it serves, be that in the same process or behind a channel in another one."""
 
-from typing import Literal, Protocol, TypeVar
+import asyncio
+from typing import Any, Literal, Protocol, TypeVar
 
 from server.tensors import InferRequest, InferResponse, Signature
 
@@ -23,6 +24,19 @@ class Model(Protocol):
     def signature(self) -> Signature:
         """Its inputs and outputs."""
 
+    def begin(self, request: InferRequest) -> "asyncio.Future[Any] | None":
+        """Run one request; cancelling the future drops it if it has not begun to run.
+
+        Returns:
+            What ``finish`` makes a response of; ``None`` if it cannot be begun without waiting: then call ``infer``.
+
+        Raises:
+            SlipstreamError: If it is refused.
+        """
+
+    def finish(self, request: InferRequest, outcome: Any) -> InferResponse:
+        """Make the response to a request of what its future gave."""
+
     async def infer(self, request: InferRequest) -> InferResponse:
         """Run one request; cancelling the call drops it if it has not begun to run."""
 
@@ -33,6 +47,9 @@ ModelT_contra = TypeVar("ModelT_contra", bound=Model, contravariant=True)
 
 class Models(Protocol[ModelT_co]):
     """Models by name and version."""
+
+    def find(self, name: str, version: str = "") -> ModelT_co | None:
+        """Return a model that takes requests, if it is at hand; without a version, the default one."""
 
     def get(self, name: str, version: str = "") -> ModelT_co:
         """Return a model that takes requests; without a version, the default one.

@@ -9,7 +9,6 @@ Checks here concern the message alone; whether it fits the model is ``Signature.
 Source: Open Inference Protocol v2, REST; Triton's extensions *binary tensor data*, *parameters*, *schedule policy*.
 """
 
-import functools
 import json
 from math import prod
 from typing import Any, Final, NamedTuple, NoReturn
@@ -163,8 +162,6 @@ def encode(response: InferResponse, reply: ReplyFormat) -> Encoded:
     Raises:
         MalformedRequest: If the client wants an output in JSON that has no JSON form (see ``to_json``).
     """
-    if reply.binary and not reply.outputs and not response.id:
-        return _encode_binary(response)
     outputs: list[dict[str, Any]] = []
     head: dict[str, Any] = {"model_name": response.model, "model_version": response.version, "outputs": outputs}
     if response.id:
@@ -182,34 +179,6 @@ def encode(response: InferResponse, reply: ReplyFormat) -> Encoded:
         outputs.append(output)
     parts[0] = _dump(head)
     return Encoded(parts, len(parts[0]) if len(parts) > 1 else None)
-
-
-def _encode_binary(response: InferResponse) -> Encoded:
-    """Encode a response of which nothing but the tensors' bytes changes from one to the next of the same shapes."""
-    data = [to_binary(array) for array in response.outputs.values()]
-    described = tuple(
-        (name, array.dtype, array.shape, len(part))
-        for (name, array), part in zip(response.outputs.items(), data, strict=True)
-    )
-    head = _binary_head(response.model, response.version, described)
-    parts: list[bytes | memoryview] = [head, *(part for part in data if part)]
-    return Encoded(parts, len(head) if len(parts) > 1 else None)
-
-
-@functools.lru_cache(maxsize=256)
-def _binary_head(
-    model: str, version: str, outputs: tuple[tuple[str, np.dtype[Any], tuple[int, ...], int], ...]
-) -> bytes:
-    described = [
-        {
-            "name": name,
-            "datatype": DATATYPE_OF_NUMPY[dtype],
-            "shape": shape,
-            "parameters": {"binary_data_size": size},
-        }
-        for name, dtype, shape, size in outputs
-    ]
-    return orjson.dumps({"model_name": model, "model_version": version, "outputs": described})
 
 
 def _read_long(text: memoryview) -> _Message | None:

@@ -1,5 +1,6 @@
 """A model and a repository whose behaviour a test writes down, for tests of the HTTP layer alone."""
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -25,6 +26,12 @@ class FakeModel:
     def __init__(self, version: str = "2", answer: Callable[[InferRequest], Awaitable[InferResponse]] = double) -> None:
         self.name, self.version, self.signature, self.answer = "m", version, SIGNATURE, answer
         self.requests: list[InferRequest] = []
+
+    def begin(self, request: InferRequest) -> "asyncio.Future[InferResponse] | None":
+        return asyncio.ensure_future(self.infer(request))
+
+    def finish(self, request: InferRequest, outcome: InferResponse) -> InferResponse:
+        return outcome
 
     async def infer(self, request: InferRequest) -> InferResponse:
         self.requests.append(request)
@@ -53,6 +60,12 @@ class FakeRepository:
 
     def versions(self, name: str) -> list[str]:
         return list(self.models)
+
+    def find(self, name: str, version: str = "") -> FakeModel | None:
+        try:
+            return self.get(name, version)
+        except (ModelNotReady, UnknownModel):
+            return None
 
     def get(self, name: str, version: str = "") -> FakeModel:
         if (name, version) in self.failures:

@@ -12,6 +12,7 @@ import pytest
 from server import infer
 from server.cache import ResponseCache
 from server.errors import DeadlineExpired, QueueFull, RequestTimeout
+from server.http import Answer
 from server.infer import InferBranch, infer_target
 from server.metrics import Metrics
 from server.tensors import InferRequest, InferResponse
@@ -355,3 +356,111 @@ async def test_a_priority_that_is_none_is_refused(repository, text):
     exchange = await call(repository, Exchange(headers={"slipstream-priority": text}))
     assert exchange.status == 400
     assert b"it is 1 (first) to 9 (last)" in exchange.body
+
+
+class Answers:
+    """What a call without a task was answered with."""
+
+    def __init__(self) -> None:
+        self.seen: list[Answer] = []
+        self.first = asyncio.Event()
+
+    def __call__(self, answer: Answer) -> None:
+        self.seen.append(answer)
+        self.first.set()
+
+    async def one(self) -> Answer:
+        async with asyncio.timeout(30):
+            await self.first.wait()
+        await asyncio.sleep(0)
+        (answer,) = self.seen
+        return answer
+
+
+async def test_call_without_a_task_gives_the_same_answer_and_is_counted_once(repository, metrics):
+    branch, answers = InferBranch(repository, metrics, 1_000_000), Answers()
+    assert branch.begin(Call(), BODY, answers) is not None
+    answer = await answers.one()
+    exchange = await call(repository, Exchange())
+    assert (answer.status, b"".join(map(bytes, answer.parts))) == (200, exchange.body)
+    assert {name.decode() for name, _ in answer.headers} == set(exchange.headers)
+    assert counted(metrics, "ok") == 1
+
+
+@pytest.mark.parametrize(
+    ("headers", "size"), [({b"content-encoding": b"gzip"}, 10), ({}, infer.SLICE_BYTES + 1)], ids=["gzip", "long JSON"]
+)
+async def test_what_has_to_wait_gets_a_task(repository, headers, size):
+    answers = Answers()
+    assert InferBranch(repository, Metrics(), 1_000_000).begin(Call(headers), b" " * size, answers) is None
+    assert answers.seen == []
+
+
+async def test_what_a_cache_or_nobody_knows_gets_a_task(repository, metrics):
+    cached = InferBranch(repository, metrics, 1_000_000, cache=ResponseCache(1_000_000, 0.0, metrics))
+    assert cached.begin(Call(), BODY, Answers()) is None
+    unknown = Call()
+    unknown.name = "ghost"
+    assert InferBranch(repository, metrics, 1_000_000).begin(unknown, BODY, Answers()) is None
+
+
+@pytest.mark.parametrize("body", [b"{", BODY.replace(b'"x"', b'"z"')])
+async def test_call_without_a_task_that_is_wrong_is_refused_and_counted_once(repository, metrics, body):
+    answers = Answers()
+    cancel = InferBranch(repository, metrics, 1_000_000).begin(Call(), body, answers)
+    assert cancel is not None
+    assert (await answers.one()).status == 400
+    cancel()
+    codes = ("malformed_request", "signature_mismatch")
+    assert sum(counted(metrics, code) or 0 for code in codes) == 1
+
+
+@pytest.mark.parametrize(("error", "status"), [(QueueFull("full", 1.0), 429), (KeyError("a secret"), 500)])
+async def test_run_that_fails_is_answered_without_a_task(repository, metrics, error, status):
+    async def fail(request: InferRequest) -> InferResponse:
+        raise error
+
+    repository.models["2"].answer = fail
+    answers = Answers()
+    InferBranch(repository, metrics, 1_000_000).begin(Call(), BODY, answers)
+    assert (await answers.one()).status == status
+
+
+async def test_long_answer_in_json_is_written_in_a_thread(repository, metrics, monkeypatch):
+    threads = []
+    encode = infer.encode
+
+    def noting(*args: Any) -> Any:
+        threads.append(threading.current_thread())
+        return encode(*args)
+
+    monkeypatch.setattr(infer, "encode", noting)
+
+    async def long(request: InferRequest) -> InferResponse:
+        return InferResponse("m", "2", "", {"y": np.zeros((1, 20_000), np.float32)}, "fp32", "cpu", 1, 0.0, 0.0)
+
+    repository.models["2"].answer = long
+    answers = Answers()
+    InferBranch(repository, metrics, 1_000_000).begin(Call(), BODY, answers)
+    assert json.loads(bytes((await answers.one()).parts[0]))["outputs"][0]["shape"] == [1, 20_000]
+    assert threads[0] is not threading.current_thread()
+
+
+async def test_cancelled_call_without_a_task_gets_no_answer_and_is_counted(repository, metrics):
+    started = asyncio.Event()
+
+    async def wait(request: InferRequest) -> InferResponse:
+        started.set()
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    repository.models["2"].answer = wait
+    answers = Answers()
+    cancel = InferBranch(repository, metrics, 1_000_000).begin(Call(), BODY, answers)
+    assert cancel is not None
+    await started.wait()
+    cancel()
+    for _ in range(3):
+        await asyncio.sleep(0)
+    assert answers.seen == []
+    assert counted(metrics, "cancelled") == 1

@@ -149,23 +149,23 @@ async def test_unknown_models_are_refused_and_not_remembered(joined: Joined) -> 
     for name, version in (("other", ""), ("m", "9")):
         with pytest.raises(UnknownModel, match="is not found"):
             await joined.models.look_up(name, version)
-        assert not joined.models.knows(name, version)
+        assert joined.models.find(name, version) is None
     assert joined.engine._asked == []
 
 
 async def test_model_is_asked_for_once_and_again_after_a_swap(joined: Joined) -> None:
     model = await joined.model()
     assert (model.name, model.version, model.signature) == ("m", "2", FakeModel().signature)
-    assert joined.models.knows("m", "")
+    assert joined.models.find("m", "") is not None
     joined.repository.models["2"] = FakeModel("2")
     await model.infer(request())
     assert len(joined.repository.models["2"].requests) == 1, "the new one answers at once"
-    await until(lambda: not joined.models.knows("m", ""))
+    await until(lambda: not joined.models.find("m", "") is not None)
     with pytest.raises(ModelNotReady):
         joined.models.get("m", "")
     await joined.model()
     await model.infer(request())
-    assert joined.models.knows("m", "")
+    assert joined.models.find("m", "") is not None
 
 
 async def test_model_that_stops_serving_is_refused_and_forgotten(joined: Joined) -> None:
@@ -173,7 +173,7 @@ async def test_model_that_stops_serving_is_refused_and_forgotten(joined: Joined)
     joined.repository.failures["m", ""] = "gone"
     with pytest.raises(ModelNotReady):
         await model.infer(request())
-    assert not joined.models.knows("m", "")
+    assert joined.models.find("m", "") is None
 
 
 async def test_cancelled_request_is_cancelled_in_the_engine(joined: Joined) -> None:
@@ -269,7 +269,7 @@ async def test_engine_that_ends_fails_what_it_has_and_what_comes(joined: Joined)
     with pytest.raises(Unavailable, match="while it had the request"):
         await asking
     assert joined.lost.is_set()
-    assert not joined.models.knows("m", "")
+    assert joined.models.find("m", "") is None
     with pytest.raises(Unavailable, match="being restarted"):
         await theirs.infer(request())
     await joined.connect()

@@ -71,7 +71,7 @@ class Application(FastAPI):
         )
         if self.cache is not None:
             repository.on_left = self.cache.forget
-        self.infer = InferBranch(repository, metrics, settings.max_body_bytes, self.cache)
+        self.infer = InferBranch(repository, metrics, settings, self.cache)
         self._add_routes()
         for kind in (SlipstreamError, HTTPException, RequestValidationError, Exception):
             self.add_exception_handler(kind, _on_error)

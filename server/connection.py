@@ -9,19 +9,18 @@ come than the listener allows. What is refused for that gets an answer in the on
 
 import asyncio
 from collections.abc import Callable
-from typing import Any, ClassVar, Protocol, cast
+from typing import Any, ClassVar, cast
 from urllib.parse import unquote
 
 import httptools
-from starlette.types import Receive, Scope, Send
 from uvicorn import Config
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from server.errors import BodyTooLarge, HeadersTooLarge, MalformedRequest, RequestError, RequestTimeout
 from server.http import JOINED_BYTES, Answer, Body, answer_of
-from server.infer import InferBranch, infer_target
-from server.settings import Settings
+from server.infer import Application, InferBranch, infer_target
+from server.intake import Intake
 
 # Longer than the idle time of the usual load balancers and client pools (60 s): a server that closes first answers
 # requests that are already under way with a reset.
@@ -34,35 +33,6 @@ _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 _MOST_TARGETS = 1024
 
 
-class Application(Protocol):
-    """An ASGI application, as the listener and its connections see it.
-
-    Attributes:
-        draining: Set when the server is about to stop: ``ready`` then answers 503 while requests are still served.
-    """
-
-    draining: bool
-
-    @property
-    def settings(self) -> Settings:
-        """What the server was told."""
-
-    @property
-    def infer(self) -> InferBranch[Any]:
-        """Answers infer requests."""
-
-    def listens_on(self, url: str, fail: Callable[[BaseException], None]) -> None:
-        """Learn that connections are accepted.
-
-        Args:
-            url: Where.
-            fail: To be called, once, with the reason if there turns out to be nothing to serve.
-        """
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one ASGI scope."""
-
-
 class Connection(HttpToolsProtocol):
     """Uvicorn's protocol with a shorter way for infer requests.
 
@@ -70,6 +40,7 @@ class Connection(HttpToolsProtocol):
         config: Uvicorn's; its application is an ``Application``.
         server_state: Uvicorn's.
         app_state: Uvicorn's.
+        intake: The turns of the loop's connections.
 
     Attributes:
         infer: Answers infer requests.
@@ -88,10 +59,14 @@ class Connection(HttpToolsProtocol):
         server_state: ServerState,
         app_state: dict[str, Any],
         _loop: asyncio.AbstractEventLoop | None = None,  # uvicorn names it
+        *,
+        intake: Intake,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
+        self._intake = intake
         self.infer: InferBranch[Any] = cast(Application, self.app).infer
         self.running: Exchange | None = None
+        self._unread = 0  # pieces of data that wait
         self._is_in_head, self._head_bytes = True, 0
         # Since when a head, a body, or the next request is waited for; 0 when it is not.
         self._head_since_s = self._body_since_s = self._idle_since_s = 0.0
@@ -110,8 +85,20 @@ class Connection(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Parse what came."""
+        """Parse what came, when its turn comes."""
         self._idle_since_s = 0.0
+        if not self._intake.take(self._parse, data):
+            self._unread += 1
+            if self._unread > 1:
+                self.flow.pause_reading()
+
+    def _parse(self, data: bytes) -> None:
+        if self._unread:
+            self._unread -= 1
+            if not self._unread and not self.pipeline:
+                self.flow.resume_reading()
+        if self.transport.is_closing():
+            return
         super().data_received(data)
         if not self._is_in_head:
             self._head_bytes, self._head_since_s = 0, 0.0
@@ -166,6 +153,11 @@ class Connection(HttpToolsProtocol):
             self.cycle.complete()
         else:
             super().on_message_complete()
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds that what is read now has waited."""
+        return self._intake.waited_s
 
     def _target(self) -> tuple[str, str] | None:
         targets, url = self._targets, self.url
@@ -235,6 +227,11 @@ class Connection(HttpToolsProtocol):
             elif self.cycle.more_body:
                 self._refuse(error)
 
+    def shutdown(self) -> None:
+        """Close the connection when nothing is under way on it."""
+        if not self._unread:
+            super().shutdown()
+
     def send_400_response(self, msg: str) -> None:
         """Refuse what is no HTTP."""
         self._refuse(MalformedRequest(msg))
@@ -266,11 +263,12 @@ class Exchange:
         keep_alive: Whether the connection stays open after the answer.
         may_start: Whether all requests before it on the connection have been answered.
         response_complete: Whether it was answered.
+        waited_s: Seconds that its head waited before it was read.
     """
 
     __slots__ = (
         "_body", "_cancel", "_connection", "_error", "_is_whole", "_task", "_whole", "expects_continue", "headers",
-        "keep_alive", "may_start", "name", "response_complete", "version",
+        "keep_alive", "may_start", "name", "response_complete", "version", "waited_s",
     )  # fmt: skip
 
     def __init__(
@@ -286,6 +284,7 @@ class Exchange:
         self.name, self.version = target
         self.keep_alive, self.expects_continue, self.may_start = keep_alive, expects_continue, may_start
         self.response_complete = self._is_whole = False
+        self.waited_s = connection.waited_s
         self._body = Body(connection.infer.max_body_bytes)
         self._error: RequestError | None = None
         self._whole: asyncio.Future[None] | None = None

@@ -7,6 +7,7 @@ last ratios to that expectation (what a deadline may count on). A lane without a
 
 from collections import deque
 
+import msgspec
 import numpy as np
 
 from server.artifact import LatencyTable
@@ -46,8 +47,12 @@ class Estimate:
         return self._table is not None
 
     def best_rows(self, most: int) -> int:
-        """Return the measured batch size from which on throughput grows no more, at most ``most``."""
-        return most if self._table is None else min(self._table.best_rows(), most)
+        """Return the batch size of the table, at most ``most``, from which on throughput grows no more."""
+        if self._table is None:
+            return most
+        factors = [self._factor(rows) for rows in self._table.rows]
+        seen_ms = tuple(ms * factor for ms, factor in zip(self._table.p50_ms, factors, strict=True))
+        return min(msgspec.structs.replace(self._table, p50_ms=seen_ms).best_rows(), most)
 
     def run_s(self, rows: int) -> float:
         """Expect a run time in seconds; 0 while nothing is known."""

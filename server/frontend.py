@@ -53,7 +53,12 @@ class FrontEnd:
         self._is_listening = False
         self._models = RemoteModels(self.engine)
         self.infer = InferBranch(
-            self._models, RemoteCounters(self.engine), settings.max_body_bytes, RemoteCache(), self._models.look_up
+            self._models,
+            RemoteCounters(self.engine),
+            settings,
+            RemoteCache(),
+            self._models.look_up,
+            cached_by_models=True,
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -42,9 +42,8 @@ def with_headers(request: InferRequest, headers: Mapping[bytes, bytes]) -> Infer
     variant = headers.get(b"slipstream-variant")
     if variant is not None and not request.variant:
         request = msgspec.structs.replace(request, variant=variant.decode("latin-1"))
-    timeout = headers.get(b"slipstream-timeout-ms")
-    if timeout is not None and request.timeout_s is None:
-        request = msgspec.structs.replace(request, timeout_s=_timeout_s(timeout.decode("latin-1")))
+    if request.timeout_s is None and (timeout_s := timeout_of(headers)) is not None:
+        request = msgspec.structs.replace(request, timeout_s=timeout_s)
     priority = headers.get(b"slipstream-priority")
     if priority is not None and not request.priority:
         request = msgspec.structs.replace(request, priority=_priority(priority))
@@ -60,7 +59,16 @@ def _priority(text: bytes) -> int:
     return int(text)
 
 
-def _timeout_s(text: str) -> float:
+def timeout_of(headers: Mapping[bytes, bytes]) -> float | None:
+    """Return the seconds that ``slipstream-timeout-ms`` gives; ``None`` without one.
+
+    Raises:
+        MalformedRequest: If it is no time.
+    """
+    value = headers.get(b"slipstream-timeout-ms")
+    if value is None:
+        return None
+    text = value.decode("latin-1")
     try:
         milliseconds = float(text)
     except ValueError:

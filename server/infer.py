@@ -13,10 +13,11 @@ from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
+import msgspec
 from starlette.types import Receive, Scope, Send
 
-from server.errors import SlipstreamError
-from server.headers import answer_headers, header_length, with_headers
+from server.errors import DeadlineUnmeetable, SlipstreamError
+from server.headers import answer_headers, header_length, timeout_of, with_headers
 from server.http import (
     Answer,
     ClientLeft,
@@ -29,12 +30,17 @@ from server.http import (
 )
 from server.json_numbers import SLICE_BYTES, SLICE_NUMBERS
 from server.serving import Cache, How, Model, Models, RequestCounter, RequestCounters
+from server.settings import Settings
 from server.tensors import InferRequest, InferResponse
 from server.wire import Decoded, Encoded, ReplyFormat, decode, encode
 
 # A version that was replaced answers for some seconds more what had found it.
 SLOW_BODY_S = 1.0
 CANCELLED = "cancelled"
+# What has waited for this share of its timeout before it was even read has no time left to wait for the rest.
+UNREAD_SHARE = 0.5
+# Made once: whoever is refused like this has no time for more.
+_UNREAD = answer_of(DeadlineUnmeetable("more requests come than can be read: retry later or allow more time", 1.0))
 Body = bytes | bytearray
 Answered = Callable[[Answer], None]
 _Model = TypeVar("_Model", bound=Model)
@@ -59,6 +65,10 @@ class Call(Protocol):
     def expects_continue(self) -> bool:
         """Whether the client waits for ``100 Continue`` before it sends the body."""
 
+    @property
+    def waited_s(self) -> float:
+        """Seconds that it waited before it was read."""
+
     async def body(self) -> Body:
         """Return the whole body, as it was sent.
 
@@ -74,21 +84,25 @@ class InferBranch(Generic[_Model]):
     Args:
         models: Where models are found.
         counters: Where requests are counted.
-        max_body_bytes: Largest request body, also after decompression.
+        settings: The largest body, also after decompression, and the deadline of requests that name none.
         cache: Keeps answers; ``None`` keeps none, and costs nothing.
         look_up: Awaited before a model of that name and version is asked for; ``None`` where nothing is to be awaited.
+        cached_by_models: Whether it is the models themselves that keep answers.
     """
 
     def __init__(
         self,
         models: Models[_Model],
         counters: RequestCounters,
-        max_body_bytes: int,
+        settings: Settings,
         cache: Cache[_Model] | None = None,
         look_up: Callable[[str, str], Awaitable[None]] | None = None,
+        *,
+        cached_by_models: bool = False,
     ) -> None:
-        self._models, self._counters, self.max_body_bytes = models, counters, max_body_bytes
-        self._cache, self._look_up = cache, look_up
+        self._models, self._counters, self._cache, self._look_up = models, counters, cache, look_up
+        self.max_body_bytes, self._default_timeout_s = settings.max_body_bytes, settings.default_timeout_s
+        self._begins = cache is None or cached_by_models
         self._counter_of: dict[tuple[str, str], RequestCounter] = {}
 
     def begin(self, call: Call, body: Body, answered: Answered) -> Callable[[], object] | None:
@@ -105,14 +119,22 @@ class InferBranch(Generic[_Model]):
             What cancels the run, for a client that leaves; ``None`` if ``answer`` must be awaited instead.
         """
         model = self._models.find(call.name, call.version)
-        if model is None or self._cache is not None or b"content-encoding" in call.headers:
+        if model is None or not self._begins or b"content-encoding" in call.headers:
             return None
         turn = _Turn(self._counter(model), model, answered)
         try:
-            return turn.begin(body, call.headers)
+            if call.waited_s > 0 and self._is_hopeless(call):
+                turn.refuse()
+                return _nothing
+            return turn.begin(call, body)
         except Exception as exc:  # noqa: BLE001  (as in answer)
             turn.fail(exc)
             return _nothing
+
+    def _is_hopeless(self, call: Call) -> bool:
+        """Whether too little time is left to run a request and write its answer; then none must be spent on it."""
+        timeout_s = timeout_of(call.headers) or self._default_timeout_s
+        return 0 < timeout_s * UNREAD_SHARE < call.waited_s
 
     async def answer(self, call: Call) -> Answer:
         """Answer one request, with an error if it must be.
@@ -160,9 +182,9 @@ class InferBranch(Generic[_Model]):
             # The one found before may have been replaced meanwhile.
             model = self._models.get(model.name, call.version)
         if _is_short(body, headers):
-            request, reply = _read(body, headers, model)
+            request, reply = _read(call, body, model)
         else:
-            request, reply = await loop.run_in_executor(None, _read, body, headers, model)
+            request, reply = await loop.run_in_executor(None, _read, call, body, model)
         how: How = "miss"
         if self._cache is None:
             response = await model.infer(request)
@@ -195,10 +217,10 @@ class _Turn:
         self._counter, self._model, self._answered = counter, model, answered
         self._arrived_s = time.perf_counter()
 
-    def begin(self, body: Body, headers: Mapping[bytes, bytes]) -> Callable[[], object] | None:
-        if not _is_short(body, headers):
+    def begin(self, call: Call, body: Body) -> Callable[[], object] | None:
+        if not _is_short(body, call.headers):
             return None
-        self._request, self._reply = _read(body, headers, self._model)
+        self._request, self._reply = _read(call, body, self._model)
         run = self._model.begin(self._request)
         if run is None:
             return None
@@ -209,28 +231,32 @@ class _Turn:
         self._count(_code_of(error))
         self._answered(answer_of(error))
 
+    def refuse(self) -> None:
+        self._count(DeadlineUnmeetable.code)
+        self._answered(_UNREAD)
+
     def _ran(self, run: "asyncio.Future[Any]") -> None:
         if run.cancelled():
             self._count(CANCELLED)
             return
         try:
-            response = self._model.finish(self._request, run.result())
+            response, how = self._model.finish(self._request, run.result())
             if _is_brief(response, self._reply):
-                self._written(response, encode(response, self._reply))
+                self._written(response, how, encode(response, self._reply))
             else:
                 writing = run.get_loop().run_in_executor(None, encode, response, self._reply)
-                writing.add_done_callback(partial(self._wrote, response))
+                writing.add_done_callback(partial(self._wrote, response, how))
         except Exception as exc:  # noqa: BLE001  (as in answer)
             self.fail(exc)
 
-    def _wrote(self, response: InferResponse, writing: "asyncio.Future[Encoded]") -> None:
+    def _wrote(self, response: InferResponse, how: How, writing: "asyncio.Future[Encoded]") -> None:
         try:
-            self._written(response, writing.result())
+            self._written(response, how, writing.result())
         except Exception as exc:  # noqa: BLE001  (as in answer)
             self.fail(exc)
 
-    def _written(self, response: InferResponse, encoded: Encoded) -> None:
-        answer = _answer(response, encoded, "miss", self._arrived_s)
+    def _written(self, response: InferResponse, how: How, encoded: Encoded) -> None:
+        answer = _answer(response, encoded, how, self._arrived_s)
         self._count("ok")
         self._answered(answer)
 
@@ -238,8 +264,37 @@ class _Turn:
         self._counter.request_finished(code, time.perf_counter() - self._arrived_s)
 
 
+class Application(Protocol):
+    """An ASGI application, as the listener and its connections see it.
+
+    Attributes:
+        draining: Set when the server is about to stop: ``ready`` then answers 503 while requests are still served.
+    """
+
+    draining: bool
+
+    @property
+    def settings(self) -> Settings:
+        """What the server was told."""
+
+    @property
+    def infer(self) -> InferBranch[Any]:
+        """Answers infer requests."""
+
+    def listens_on(self, url: str, fail: Callable[[BaseException], None]) -> None:
+        """Learn that connections are accepted.
+
+        Args:
+            url: Where.
+            fail: To be called, once, with the reason if there turns out to be nothing to serve.
+        """
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one ASGI scope."""
+
+
 class _AsgiCall:
-    expects_continue = False  # the server that called has seen to it
+    expects_continue, waited_s = False, 0.0  # the server that called knows of that
 
     def __init__(self, scope: Scope, receive: Receive, name: str, version: str, limit_bytes: int) -> None:
         self.name, self.version, self.headers = name, version, dict(scope["headers"])
@@ -275,11 +330,14 @@ def _is_brief(response: InferResponse, reply: ReplyFormat) -> bool:
     return sum(array.size for array in json_arrays) <= SLICE_NUMBERS
 
 
-def _read(body: Body, headers: Mapping[bytes, bytes], model: Model) -> Decoded:
-    length = header_length(headers)
+def _read(call: Call, body: Body, model: Model) -> Decoded:
+    length = header_length(call.headers)
     raw_input = model.signature.inputs[0] if length == 0 and len(model.signature.inputs) == 1 else None
     decoded = decode(body, length, raw_input)
-    return Decoded(with_headers(decoded.request, headers), decoded.reply)
+    request = with_headers(decoded.request, call.headers)
+    if call.waited_s and request.timeout_s is not None:
+        request = msgspec.structs.replace(request, timeout_s=max(request.timeout_s - call.waited_s, 1e-6))
+    return Decoded(request, decoded.reply)
 
 
 def _answer(response: InferResponse, encoded: Encoded, how: How, arrived_s: float) -> Answer:

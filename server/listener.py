@@ -14,6 +14,7 @@ A second signal ends the process at once.
 import asyncio
 import contextlib
 import ctypes
+import functools
 import logging
 import os
 import socket
@@ -24,8 +25,10 @@ from types import FrameType
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from server.connection import Application, Connection
+from server.connection import Connection
 from server.errors import StartupError
+from server.infer import Application
+from server.intake import Intake
 
 logger = logging.getLogger(__name__)
 
@@ -101,11 +104,12 @@ class Listener(uvicorn.Server):
     shares_socket = False
 
     def __init__(self, app: Application, listening: socket.socket) -> None:
+        self._connection = functools.partial(Connection, intake=Intake())
         super().__init__(
             uvicorn.Config(
                 app,
                 loop="uvloop",
-                http=Connection,
+                http=self._connection,  # type: ignore[arg-type]  # it is called, no more
                 ws="none",
                 interface="asgi3",
                 lifespan="on",
@@ -214,7 +218,7 @@ class Listener(uvicorn.Server):
                 await loop.connect_accepted_socket(self._make_protocol, accepted)
 
     def _make_protocol(self) -> asyncio.Protocol:
-        return Connection(self.config, self.server_state, self.lifespan.state)
+        return self._connection(self.config, self.server_state, self.lifespan.state)
 
     async def _finish_requests(self, timeout_s: float) -> bool:
         """Wait until every connection is closed and every request answered; return whether that came true in time."""

@@ -16,6 +16,7 @@ from server.metrics import Metrics, ModelMetrics
 from server.outcome import Completion, Future
 from server.providers import Device
 from server.scheduler import Cores, Scheduler
+from server.serving import How
 from server.session import MEASURED_ROWS, check_text
 from server.settings import Settings
 from server.tensors import InferRequest, InferResponse, Tensors, TensorSpec
@@ -154,8 +155,8 @@ class Model:
             check_text(request.inputs)
         return self._scheduler.submit(request)
 
-    def finish(self, request: InferRequest, outcome: Completion) -> InferResponse:
-        """Make the response to a request of what its future gave."""
+    def finish(self, request: InferRequest, outcome: Completion) -> tuple[InferResponse, How]:
+        """Make the response to a request of what its future gave: always from a run of its own."""
         outputs = outcome.outputs
         if request.outputs:
             outputs = {name: outputs[name] for name in request.outputs}
@@ -172,11 +173,11 @@ class Model:
         )
         if self.tap is not None and not request.variant:
             asyncio.get_running_loop().call_soon(self.tap, request, response)
-        return response
+        return response, "miss"
 
     async def infer(self, request: InferRequest) -> InferResponse:
         """Run one request; see ``begin``."""
-        return self.finish(request, await self.begin(request))
+        return self.finish(request, await self.begin(request))[0]
 
     def run_aside(self, request: InferRequest) -> Tensors:
         """Run one request alone on the preferred variant, before ``start``; blocks.

@@ -36,9 +36,9 @@ class RemoteModel:
         """Have the engine run one request; ``None`` if there is no room for it now. See ``RemoteEngine.begin``."""
         return self.engine.begin(channel.INFER, self.engine.codecs.infer.encode(request), self.target)
 
-    def finish(self, request: InferRequest, outcome: Inferred) -> InferResponse:  # noqa: ARG002  (of all models)
-        """Make the response to a request of what its future gave."""
-        return outcome.response
+    def finish(self, request: InferRequest, outcome: Inferred) -> tuple[InferResponse, How]:  # noqa: ARG002  (of all)
+        """Make the response to a request of what its future gave, and say where the engine had it from."""
+        return outcome.response, outcome.how
 
     async def infer(self, request: InferRequest) -> InferResponse:
         """Have the engine run one request; see ``RemoteEngine.call`` for what it raises."""

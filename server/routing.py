@@ -30,6 +30,7 @@ from server.tensors import Array, Tensors
 from server.waiting import Pending, RequestQueue
 
 _RETRY_UNKNOWN_S = 1.0
+_TRIAL_EACH = 32
 
 
 class Runner(Protocol):
@@ -80,13 +81,16 @@ class LaneState(msgspec.Struct, eq=False):
         device: Where it runs.
         times: Predicted run times.
         threads: Cores that a run keeps busy, at least 1.
-        max_rows: Rows that it takes at most in one batch (a larger single request excepted).
+        max_rows: Rows from which on its throughput grows no more: what it takes in a batch (a larger single request
+            excepted).
+        limit_rows: Rows that it may take.
         from_rows: Least rows of the batches that it takes when nobody pinned it; 0 for any.
         agreement: With the original, 0 to 1.
         up: Whether it may get work.
         busy: Whether a batch runs.
         pinned: Whether that batch was pinned to the variant.
         busy_until_s: When that batch is predicted to end; meaningless where nothing is predicted.
+        batches: That have started.
     """
 
     variant: str
@@ -94,16 +98,27 @@ class LaneState(msgspec.Struct, eq=False):
     times: Estimate
     threads: int
     max_rows: int
+    limit_rows: int
     from_rows: int = 0
     agreement: float = 1.0
     up: bool = True
     busy: bool = False
     pinned: bool = False
     busy_until_s: float = 0.0
+    batches: int = 0
+
+    @property
+    def next_rows(self) -> int:
+        """Rows of the next batch; in every 32nd twice as many, or a table that is wrong would never be found out."""
+        is_trial = self.batches % _TRIAL_EACH == _TRIAL_EACH - 1
+        return min(2 * self.max_rows, self.limit_rows) if is_trial else self.max_rows
 
     def start(self, rows: int, pinned: bool, now: float) -> None:
         """Note that a batch starts."""
         self.busy, self.pinned = True, pinned
+        self.batches += 1
+        if self.batches % _TRIAL_EACH == 0:
+            self.max_rows = self.times.best_rows(self.limit_rows)
         self.busy_until_s = now + self.times.run_s(rows)
 
     def free_at(self, now: float) -> float:
@@ -132,9 +147,9 @@ class Route(msgspec.Struct, frozen=True, eq=False):
 def state_of(spec: LaneSpec, limits: BatchLimits, cores: int) -> LaneState:
     """Return the state of an idle lane; its batches reach its measured best size within the model's limit."""
     times = Estimate(spec.latency)
-    max_rows = times.best_rows(limits.max_rows) if limits.batchable else 1
-    threads = spec.threads or cores
-    return LaneState(spec.variant, spec.device, times, threads, max_rows, spec.from_rows, spec.agreement)
+    limit_rows = limits.max_rows if limits.batchable else 1
+    max_rows, threads = times.best_rows(limit_rows), spec.threads or cores
+    return LaneState(spec.variant, spec.device, times, threads, max_rows, limit_rows, spec.from_rows, spec.agreement)
 
 
 def routes_of(lanes: Sequence[LaneState], *, faithful_first: bool = False) -> dict[str, Route]:

@@ -210,7 +210,7 @@ class Scheduler:
                     return None
             rows = queue.rows
             is_slower = state in self._routes[pin].slower
-            batch = batching.plan(queue, now, state.max_rows, state.times, from_end=is_slower)
+            batch = batching.plan(queue, now, state.next_rows, state.times, from_end=is_slower)
             self._rows -= rows - queue.rows
             fail(batch.expired, partial(expired, now))
             if batch.requests:

@@ -34,8 +34,8 @@ class Model(Protocol):
             SlipstreamError: If it is refused.
         """
 
-    def finish(self, request: InferRequest, outcome: Any) -> InferResponse:
-        """Make the response to a request of what its future gave."""
+    def finish(self, request: InferRequest, outcome: Any) -> tuple[InferResponse, How]:
+        """Make the response to a request of what its future gave, and say where it came from."""
 
     async def infer(self, request: InferRequest) -> InferResponse:
         """Run one request; cancelling the call drops it if it has not begun to run."""

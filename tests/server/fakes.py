@@ -8,6 +8,7 @@ import numpy as np
 
 from server.errors import ModelNotReady, UnknownModel
 from server.repository import IndexEntry
+from server.serving import How
 from server.tensors import InferRequest, InferResponse, Signature, TensorSpec
 
 SIGNATURE = Signature((TensorSpec("x", "FP32", ("batch", 4)),), (TensorSpec("y", "FP32", ("batch", 4)),))
@@ -30,8 +31,8 @@ class FakeModel:
     def begin(self, request: InferRequest) -> "asyncio.Future[InferResponse] | None":
         return asyncio.ensure_future(self.infer(request))
 
-    def finish(self, request: InferRequest, outcome: InferResponse) -> InferResponse:
-        return outcome
+    def finish(self, request: InferRequest, outcome: InferResponse) -> tuple[InferResponse, How]:
+        return outcome, "miss"
 
     async def infer(self, request: InferRequest) -> InferResponse:
         self.requests.append(request)

@@ -15,6 +15,7 @@ from server.errors import DeadlineExpired, QueueFull, RequestTimeout
 from server.http import Answer
 from server.infer import InferBranch, infer_target
 from server.metrics import Metrics
+from server.settings import Settings
 from server.tensors import InferRequest, InferResponse
 from tests.server.fakes import FakeRepository
 
@@ -68,7 +69,7 @@ def metrics() -> Metrics:
 async def call(
     repository: FakeRepository, exchange: Exchange, name: str = "m", version: str = "", metrics: Metrics | None = None
 ) -> Exchange:
-    branch = InferBranch(repository, metrics or Metrics(), 1_000_000)  # type: ignore[arg-type]
+    branch = InferBranch(repository, metrics or Metrics(), Settings())  # type: ignore[arg-type]
     await branch(exchange.scope, exchange.receive, exchange.send, name, version)
     return exchange
 
@@ -180,7 +181,7 @@ async def test_bad_header_length_is_malformed(repository: FakeRepository, text: 
 
 
 async def test_cache_says_where_the_answer_came_from(repository: FakeRepository, metrics: Metrics) -> None:
-    branch = InferBranch(repository, metrics, 1_000_000, cache=ResponseCache(1_000_000, 0.0, metrics))  # type: ignore[arg-type]
+    branch = InferBranch(repository, metrics, Settings(), cache=ResponseCache(1_000_000, 0.0, metrics))  # type: ignore[arg-type]
     seen = []
     for _ in range(2):
         exchange = Exchange()
@@ -194,7 +195,7 @@ async def test_cache_says_where_the_answer_came_from(repository: FakeRepository,
 class Call:
     """One request whose body comes when the test says so."""
 
-    name, version, expects_continue = "m", "", False
+    name, version, expects_continue, waited_s = "m", "", False, 0.0
 
     def __init__(self, headers: dict[bytes, bytes] | None = None) -> None:
         self.headers = headers or {}
@@ -207,14 +208,14 @@ class Call:
 async def test_body_that_does_not_come_is_answered_and_counted(repository: FakeRepository, metrics: Metrics) -> None:
     call = Call()
     call.coming.set_exception(RequestTimeout("late"))
-    answer = await InferBranch(repository, metrics, 1_000_000).answer(call)  # type: ignore[arg-type]
+    answer = await InferBranch(repository, metrics, Settings()).answer(call)  # type: ignore[arg-type]
     assert (answer.status, (b"connection", b"close") in answer.headers) == (408, True)
     assert json.loads(answer.parts[0])["code"] == "request_timeout"
     assert counted(metrics, "request_timeout") == 1
 
 
 async def test_what_the_head_rules_out_is_refused_before_the_body(repository: FakeRepository) -> None:
-    branch = InferBranch(repository, Metrics(), 10)  # type: ignore[arg-type]
+    branch = InferBranch(repository, Metrics(), Settings(max_body_bytes=10))  # type: ignore[arg-type]
     assert (await branch.answer(Call({b"content-length": b"11"}))).status == 413
     assert (await branch.answer(Call({b"content-encoding": b"br"}))).status == 415
 
@@ -226,7 +227,7 @@ async def test_models_are_looked_up_before_they_are_asked_for(repository: FakeRe
         looked_up.append((name, version))
         raise QueueFull("not now", 1.0)
 
-    branch = InferBranch(repository, Metrics(), 1_000_000, look_up=look_up)  # type: ignore[arg-type]
+    branch = InferBranch(repository, Metrics(), Settings(), look_up=look_up)  # type: ignore[arg-type]
     assert (await branch.answer(Call())).status == 429
     assert looked_up == [("m", "")]
 
@@ -292,7 +293,7 @@ async def test_cancelling_the_answer_cancels_the_request_and_is_counted(
     repository.models["2"].answer = wait
     call = Call()
     call.coming.set_result(BODY)
-    task = asyncio.create_task(InferBranch(repository, metrics, 1_000_000).answer(call))  # type: ignore[arg-type]
+    task = asyncio.create_task(InferBranch(repository, metrics, Settings()).answer(call))  # type: ignore[arg-type]
     await started.wait()
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -378,7 +379,7 @@ class Answers:
 
 
 async def test_call_without_a_task_gives_the_same_answer_and_is_counted_once(repository, metrics):
-    branch, answers = InferBranch(repository, metrics, 1_000_000), Answers()
+    branch, answers = InferBranch(repository, metrics, Settings()), Answers()
     assert branch.begin(Call(), BODY, answers) is not None
     answer = await answers.one()
     exchange = await call(repository, Exchange())
@@ -392,22 +393,22 @@ async def test_call_without_a_task_gives_the_same_answer_and_is_counted_once(rep
 )
 async def test_what_has_to_wait_gets_a_task(repository, headers, size):
     answers = Answers()
-    assert InferBranch(repository, Metrics(), 1_000_000).begin(Call(headers), b" " * size, answers) is None
+    assert InferBranch(repository, Metrics(), Settings()).begin(Call(headers), b" " * size, answers) is None
     assert answers.seen == []
 
 
 async def test_what_a_cache_or_nobody_knows_gets_a_task(repository, metrics):
-    cached = InferBranch(repository, metrics, 1_000_000, cache=ResponseCache(1_000_000, 0.0, metrics))
+    cached = InferBranch(repository, metrics, Settings(), cache=ResponseCache(1_000_000, 0.0, metrics))
     assert cached.begin(Call(), BODY, Answers()) is None
     unknown = Call()
     unknown.name = "ghost"
-    assert InferBranch(repository, metrics, 1_000_000).begin(unknown, BODY, Answers()) is None
+    assert InferBranch(repository, metrics, Settings()).begin(unknown, BODY, Answers()) is None
 
 
 @pytest.mark.parametrize("body", [b"{", BODY.replace(b'"x"', b'"z"')])
 async def test_call_without_a_task_that_is_wrong_is_refused_and_counted_once(repository, metrics, body):
     answers = Answers()
-    cancel = InferBranch(repository, metrics, 1_000_000).begin(Call(), body, answers)
+    cancel = InferBranch(repository, metrics, Settings()).begin(Call(), body, answers)
     assert cancel is not None
     assert (await answers.one()).status == 400
     cancel()
@@ -422,7 +423,7 @@ async def test_run_that_fails_is_answered_without_a_task(repository, metrics, er
 
     repository.models["2"].answer = fail
     answers = Answers()
-    InferBranch(repository, metrics, 1_000_000).begin(Call(), BODY, answers)
+    InferBranch(repository, metrics, Settings()).begin(Call(), BODY, answers)
     assert (await answers.one()).status == status
 
 
@@ -441,7 +442,7 @@ async def test_long_answer_in_json_is_written_in_a_thread(repository, metrics, m
 
     repository.models["2"].answer = long
     answers = Answers()
-    InferBranch(repository, metrics, 1_000_000).begin(Call(), BODY, answers)
+    InferBranch(repository, metrics, Settings()).begin(Call(), BODY, answers)
     assert json.loads(bytes((await answers.one()).parts[0]))["outputs"][0]["shape"] == [1, 20_000]
     assert threads[0] is not threading.current_thread()
 
@@ -456,7 +457,7 @@ async def test_cancelled_call_without_a_task_gets_no_answer_and_is_counted(repos
 
     repository.models["2"].answer = wait
     answers = Answers()
-    cancel = InferBranch(repository, metrics, 1_000_000).begin(Call(), BODY, answers)
+    cancel = InferBranch(repository, metrics, Settings()).begin(Call(), BODY, answers)
     assert cancel is not None
     await started.wait()
     cancel()
@@ -464,3 +465,25 @@ async def test_cancelled_call_without_a_task_gets_no_answer_and_is_counted(repos
         await asyncio.sleep(0)
     assert answers.seen == []
     assert counted(metrics, "cancelled") == 1
+
+
+async def test_no_time_is_spent_on_what_has_waited_unread_for_half_of_its_timeout(repository, metrics):
+    def waiting(headers: dict[bytes, bytes], waited_s: float) -> Call:
+        made = Call(headers)
+        made.waited_s = waited_s
+        return made
+
+    branch = InferBranch(repository, metrics, Settings())
+    late, early, patient = Answers(), Answers(), Answers()
+    branch.begin(waiting({b"slipstream-timeout-ms": b"59"}, 0.03), BODY, late)
+    branch.begin(waiting({b"slipstream-timeout-ms": b"61"}, 0.03), BODY, early)
+    branch.begin(waiting({}, 0.03), BODY, patient)
+    answer = await late.one()
+    assert (answer.status, json.loads(bytes(answer.parts[0]))["code"]) == (429, "deadline_unmeetable")
+    assert (b"retry-after", b"1") in answer.headers
+    assert [(await answers.one()).status for answers in (early, patient)] == [200, 200]
+    assert counted(metrics, "deadline_unmeetable") == 1
+    assert [request.timeout_s for request in repository.models["2"].requests] == [pytest.approx(0.031), None]
+    by_default = Answers()
+    InferBranch(repository, metrics, Settings(default_timeout_s=0.05)).begin(waiting({}, 0.03), BODY, by_default)
+    assert (await by_default.one()).status == 429

@@ -35,7 +35,7 @@ def lane(
     variant: str = "int8", device: str = "cpu", ms: float | None = 10.0, threads: int = 1, max_rows: int = 8
 ) -> LaneState:
     """A lane whose runs take the same time whatever their size."""
-    return LaneState(variant, device, Estimate(None if ms is None else table(ms)), threads, max_rows)
+    return LaneState(variant, device, Estimate(None if ms is None else table(ms)), threads, max_rows, max_rows)
 
 
 def lanes_of(route: Route) -> tuple[LaneState, ...]:
@@ -325,3 +325,28 @@ def test_a_much_slower_lane_takes_the_end_of_a_long_queue_only():
         "the fast lane is done with it after 40 ms"
     )
     assert may_take(slow, route, queues(any=[(8, 0.0)] * 5)[""], 0.0, 2), "the fast lane would need 60 ms"
+
+
+def test_every_32nd_batch_tries_twice_the_rows_within_the_limit() -> None:
+    lane = LaneState("fp32", "cpu", Estimate(table(1.0, 1.5, 4.0, rows=(1, 2, 4))), 1, 2, 8)
+    sizes = []
+    for _ in range(64):
+        sizes.append(lane.next_rows)
+        lane.start(1, False, 0.0)
+    assert [number for number, size in enumerate(sizes) if size == 4] == [31, 63]
+    assert set(sizes) == {2, 4}
+    lane.max_rows = 8
+    lane.batches = 31
+    assert lane.next_rows == 8
+
+
+def test_size_of_batches_follows_what_is_seen() -> None:
+    latency = table(20.0, 22.0, 44.0, rows=(1, 2, 4))
+    lane = state_of(LaneSpec("v", "cpu", NoRunner(), latency, 1), LIMITS, 2)
+    assert lane.max_rows == 2
+    for _ in range(60):
+        lane.times.observe(2, 0.022)
+        lane.times.observe(4, 0.025)
+    lane.batches = 31
+    lane.start(2, False, 0.0)
+    assert lane.max_rows == 4

@@ -369,7 +369,13 @@ class Exchange:
     def _end(self) -> None:
         connection = self._connection
         self.response_complete = True
+        # The connection may stay open for long, and keeps its last exchange: without the tensors.
+        self._body.whole, self._cancel = b"", _nothing
         connection.running = None
         if not self.keep_alive:
             connection.transport.close()
         connection.on_response_complete()
+
+
+def _nothing() -> None:
+    """Cancel what was answered already."""

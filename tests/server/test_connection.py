@@ -2,7 +2,9 @@
 
 import asyncio
 import contextlib
+import gc
 import json
+import weakref
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -313,3 +315,22 @@ async def test_failed_answer_says_why_in_json() -> None:
     head, _, body = said.partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 400 Bad Request\r\n")
     assert json.loads(body)["code"] == "signature_mismatch"
+
+
+async def test_open_connection_keeps_nothing_of_what_was_answered() -> None:
+    repository, kept = FakeRepository(), []
+
+    async def watched(request: InferRequest) -> InferResponse:
+        output = np.ones((1, 4), np.float32)
+        kept.extend([weakref.ref(output), weakref.ref(request.inputs["x"])])
+        return InferResponse("m", "2", "", {"y": output}, "fp32", "cpu", 1, 0.0, 0.0)
+
+    repository.models["2"].answer = watched
+    async with serving(repository) as port, asyncio.timeout(30):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(WHOLE)
+        await reader.readuntil(b"}]}")
+        repository.models["2"].requests.clear()
+        gc.collect()
+        assert [reference() for reference in kept] == [None, None]
+        writer.close()

@@ -321,9 +321,11 @@ class Exchange:
         if self._is_whole and self._error is None:
             self._cancel = connection.infer.begin(self, self._body.whole, self._send)
         if self._cancel is None:
-            self._task = connection.loop.create_task(self._answer())
-            self._cancel = self._task.cancel
-            connection.tasks.add(self._task)
+            self._task = task = connection.loop.create_task(self._answer())
+            self._cancel = task.cancel
+            connection.tasks.add(task)
+            # Not at the end of the coroutine: it does not run at all when it is cancelled before its first step.
+            task.add_done_callback(connection.tasks.discard)
 
     def leave(self) -> None:
         """Stop: the client has left."""
@@ -349,8 +351,6 @@ class Exchange:
         except BaseException:
             connection.transport.close()  # cancelled: the client has left, or the server ends
             raise
-        finally:
-            connection.tasks.discard(self._task)
 
     def _send(self, answer: Answer) -> None:
         connection = self._connection

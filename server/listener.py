@@ -151,12 +151,16 @@ class Listener(uvicorn.Server):
         timeout_s = self._app.settings.body_timeout_s
         while not self._stop.is_set():
             await self.on_tick(0)
-            for connection in list(self.server_state.connections):
-                if isinstance(connection, Connection):
-                    connection.look(timeout_s)
+            self._look(timeout_s)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(min(1, timeout_s)):
                     await self._stop.wait()
+
+    def _look(self, timeout_s: float) -> None:
+        # A function of its own, so that no variable keeps the last connection alive until the next look.
+        for connection in list(self.server_state.connections):
+            if isinstance(connection, Connection):
+                connection.look(timeout_s)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002  (uvicorn's signature)
         """Begin to stop at the first signal, exit at once at the second."""

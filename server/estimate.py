@@ -40,6 +40,7 @@ class Estimate:
         self._spread = 1.0 if table is None else _spread_of(table)
         self._seen = 0
         self._learning: dict[int, tuple[float, float]] = {}
+        self._expected_s: dict[int, float] = {}  # by rows, since the last observation: many requests ask between two
 
     @property
     def known(self) -> bool:
@@ -56,9 +57,12 @@ class Estimate:
 
     def run_s(self, rows: int) -> float:
         """Expect a run time in seconds; 0 while nothing is known."""
-        if self._table is None:
-            return 0.0
-        return self._table.predict_s(rows) * self._factor(rows)
+        expected_s = self._expected_s.get(rows)
+        if expected_s is None:
+            if self._table is None:
+                return 0.0
+            expected_s = self._expected_s[rows] = self._table.predict_s(rows) * self._factor(rows)
+        return expected_s
 
     def safe_s(self, rows: int) -> float:
         """Return the seconds that 99 of 100 runs keep; 0 while nothing is known."""
@@ -71,6 +75,7 @@ class Estimate:
             return None
         expected_s = self.run_s(rows)
         ratio = min(seconds / max(expected_s, 1e-9), _MOST_RATIO)
+        self._expected_s.clear()
         self._ratios.append(ratio)
         self._correct(rows, ratio)
         self._seen += 1

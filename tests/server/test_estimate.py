@@ -62,3 +62,13 @@ def test_a_lane_without_a_table_promises_nothing_until_it_has_learned():
         estimate.observe(8, 0.004)
     assert estimate.known
     assert estimate.run_s(8) == pytest.approx(0.004)
+
+
+def test_expectation_follows_each_observation() -> None:
+    estimate = Estimate(LatencyTable((1, 8), (10.0, 10.0), (10.0, 10.0), (10.0, 10.0), (10.0, 10.0)))
+    seen = []
+    for _ in range(3):
+        seen.append(estimate.run_s(1))
+        estimate.observe(1, 0.02)
+    assert seen == sorted(seen)
+    assert len(set(seen)) == 3

@@ -350,3 +350,15 @@ def test_size_of_batches_follows_what_is_seen() -> None:
     lane.batches = 31
     lane.start(2, False, 0.0)
     assert lane.max_rows == 4
+
+
+@given(backlog=st.integers(0, 200), rows=st.integers(1, 8), lanes=st.integers(1, 4), busy_s=st.floats(0, 0.5))
+def test_what_one_lane_alone_would_do_in_time_is_never_refused_nor_underestimated(
+    backlog: int, rows: int, lanes: int, busy_s: float
+) -> None:
+    states = [lane(ms=10.0) for _ in range(lanes)]
+    states[0].busy, states[0].busy_until_s = True, busy_s
+    route = routes_of(states)[""]
+    done_s = predict_completion(route, backlog, rows, 0.0, lanes)
+    assert done_s is not None
+    assert routing._latest_s(states[0], backlog + rows, 0.0) >= done_s - 1e-9

@@ -4,6 +4,7 @@
 """
 
 import asyncio
+import contextlib
 import random
 import sys
 import time
@@ -32,6 +33,7 @@ class OpenLoad(msgspec.Struct, frozen=True):
         requests: Complete HTTP/1.1 requests, sent in turn.
         burst: Requests per arrival.
         seed: Of the arrivals.
+        drain_s: How long the last answers are waited for.
     """
 
     host: str
@@ -43,6 +45,7 @@ class OpenLoad(msgspec.Struct, frozen=True):
     requests: list[bytes]
     burst: int = 1
     seed: int = 0
+    drain_s: float = 60.0
 
 
 class OpenOutcome(msgspec.Struct, frozen=True):
@@ -50,7 +53,8 @@ class OpenOutcome(msgspec.Struct, frozen=True):
 
     Attributes:
         sent: Requests that were due.
-        answered: Outcome -> requests: ``ok``, or the code of the error that refused it.
+        answered: Outcome -> requests: ``ok``, the code of the error that refused it, ``closed`` where the server closed
+            the connection instead, ``unanswered``.
         ok_ms: Latency of each good answer since it was due.
         seconds: The span in which requests were due.
         server_cpu_s: CPU time of the server until the last answer; ``client_cpu_s`` that of the generator.
@@ -77,8 +81,9 @@ class _Arrivals:
         self.late_s = 0.0
         self.answered: Counter[str] = Counter()
         self.ok_ms: list[float] = []
-        self.finished = asyncio.get_running_loop().create_future()
+        self.finished: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._over = False
+        self._opening: set[asyncio.Task[None]] = set()
 
     async def run(self) -> None:
         """Let requests become due, then wait for the last answer."""
@@ -98,20 +103,47 @@ class _Arrivals:
                     self.due.append(at_s)
         self._over = True
         if self.open:
-            await self.finished
+            await asyncio.wait([self.finished], timeout=self.load.drain_s)
+            if self.open:
+                self.answered["unanswered"] += self.open
 
-    def done(self, connection: "_Connection", outcome: str, latency_s: float) -> None:
-        """Take an answer, and give its connection the next request that is due."""
-        self.answered[outcome] += 1
-        if outcome == "ok":
-            self.ok_ms.append(latency_s * 1e3)
-        self.open -= 1
+    def lost(self, connection: "_Connection") -> None:
+        """Take note of a closed connection, and open another one in its place."""
+        if connection in self.idle:
+            self.idle.remove(connection)
+        else:
+            self.finish("closed")
+        self._opening.add(task := asyncio.create_task(self.connect()))
+        task.add_done_callback(self._opening.discard)
+
+    async def connect(self) -> None:
+        """Open one connection, and use it."""
+        with contextlib.suppress(OSError):  # fewer connections are left; the requests wait for those
+            made = await asyncio.get_running_loop().create_connection(
+                lambda: _Connection(self), self.load.host, self.load.port
+            )
+            self.use(made[1])
+
+    def use(self, connection: "_Connection") -> None:
+        """Give a free connection the next request that is due."""
         if self.due:
             connection.send(self._next(), self.due.popleft())
         else:
             self.idle.append(connection)
+
+    def finish(self, outcome: str) -> None:
+        """Count the end of one request."""
+        self.answered[outcome] += 1
+        self.open -= 1
         if self._over and not self.open and not self.finished.done():
             self.finished.set_result(None)
+
+    def done(self, connection: "_Connection", outcome: str, latency_s: float) -> None:
+        """Take an answer, and give its connection the next request that is due."""
+        if outcome == "ok":
+            self.ok_ms.append(latency_s * 1e3)
+        self.finish(outcome)
+        self.use(connection)
 
     def _next(self) -> bytes:
         return self.load.requests[(self.sent + len(self.ok_ms)) % len(self.load.requests)]
@@ -126,7 +158,6 @@ class _Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.WriteTransport, transport)  # uvloop's do not derive from asyncio's
-        self._arrivals.idle.append(self)
 
     def send(self, request: bytes, due_s: float) -> None:
         self._due_s = due_s
@@ -147,7 +178,7 @@ class _Connection(asyncio.Protocol):
         self._arrivals.done(self, outcome, time.perf_counter() - self._due_s)
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002  (the protocol's interface)
-        self._arrivals.answered["closed"] += 1
+        self._arrivals.lost(self)
 
 
 def _code_of(body: bytes, head: bytes) -> str:
@@ -158,11 +189,16 @@ def _code_of(body: bytes, head: bytes) -> str:
 
 
 async def generate(load: OpenLoad) -> OpenOutcome:
-    """Send the load."""
-    loop = asyncio.get_running_loop()
+    """Send the load.
+
+    Raises:
+        ConnectionError: If no connection can be opened.
+    """
     arrivals = _Arrivals(load)
     for _ in range(load.connections):
-        await loop.create_connection(lambda: _Connection(arrivals), load.host, load.port)
+        await arrivals.connect()
+    if not arrivals.idle:
+        raise ConnectionError(f"nothing listens on {load.host} port {load.port}")
     server_cpu_s, client_cpu_s = tree_cpu_s(load.server_pid), time.process_time()
     await arrivals.run()
     return OpenOutcome(

@@ -5,16 +5,12 @@ Every request has the same deadline; *goodput* counts the answers that came with
 """
 
 import argparse
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
-import msgspec
-
 from benchmarks.__main__ import WORKLOADS, open_workloads
 from benchmarks.open_loop import OpenLoad, OpenOutcome
-from benchmarks.servers import HOST, RunningServer, offer, slipstream
+from benchmarks.servers import HOST, RunningServer, offer, offer_open, slipstream
 from benchmarks.summary import percentile
 from benchmarks.workloads import Workload, binary_request, with_header
 
@@ -55,9 +51,15 @@ def main() -> int:
 def sweep(workload: Workload, server: RunningServer, arguments: argparse.Namespace) -> bool:
     """Measure one model at all rates; return whether the goodput stays."""
     requests = [binary_request(workload, row) for row in workload.rows]
-    closed = offer(server, requests, 16, max(3.0, arguments.seconds / 2), 1.0)
+    seconds, burst = arguments.seconds, arguments.burst
+
+    def offer_rate(rate: float, what: list[bytes], lasting_s: float, at_once: int) -> OpenOutcome:
+        load = OpenLoad(HOST, server.port, server.pid, rate, lasting_s, arguments.connections, what, at_once)
+        return offer_open(server, load)
+
+    closed = offer(server, requests, 16, max(3.0, seconds / 2), 1.0)
     peak = len(closed.latencies_ms) / closed.seconds
-    calm = offer_open(server, requests, peak / 2, arguments.seconds / 2, arguments.connections, 1)
+    calm = offer_rate(peak / 2, requests, seconds / 2, 1)
     deadline_ms = arguments.deadline_ms or max(50.0, 8 * percentile(calm.ok_ms, 0.5))
     due = [with_header(request, f"slipstream-timeout-ms: {deadline_ms:g}") for request in requests]
     print(f"\n## {workload.name}: peak {peak:.0f} requests/s in a closed loop of 16, deadline {deadline_ms:.0f} ms\n")
@@ -65,7 +67,7 @@ def sweep(workload: Workload, server: RunningServer, arguments: argparse.Namespa
     print(f"|{' --- |' * len(COLUMNS)}")
     goodputs = {}
     for share in SHARES:
-        outcome = offer_open(server, due, peak * share, arguments.seconds, arguments.connections, arguments.burst)
+        outcome = offer_rate(peak * share, due, seconds, burst)
         in_time = [ms for ms in outcome.ok_ms if ms <= deadline_ms]
         goodputs[share] = len(in_time) / outcome.seconds
         refused = ", ".join(f"{code} {n}" for code, n in sorted(outcome.answered.items()) if code != "ok") or "none"
@@ -79,16 +81,6 @@ def sweep(workload: Workload, server: RunningServer, arguments: argparse.Namespa
     kept = goodputs[2.0] / max(goodputs.values())
     print(f"\nGoodput at twice the peak is {kept:.2f} of the best.")
     return kept >= _LEAST_GOODPUT
-
-
-def offer_open(
-    server: RunningServer, requests: list[bytes], rate: float, seconds: float, connections: int, burst: int
-) -> OpenOutcome:
-    """Run the open-loop generator in its own process."""
-    load = OpenLoad(HOST, server.port, server.pid, rate, seconds, connections, requests, burst)
-    command = [sys.executable, "-m", "benchmarks.open_loop"]
-    done = subprocess.run(command, input=msgspec.json.encode(load), capture_output=True, check=True)
-    return msgspec.json.decode(done.stdout, type=OpenOutcome)
 
 
 def rss_mb(pid: int) -> float:

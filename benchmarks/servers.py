@@ -2,22 +2,27 @@
 
 import contextlib
 import http.client
+import os
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import msgspec
 
-from benchmarks.generator import Load, Outcome
+from benchmarks.cpu import tree_of
+from benchmarks.generator import Load, Outcome, SeenAnswer
+from benchmarks.open_loop import OpenLoad, OpenOutcome
 from benchmarks.workloads import Workload
 
 HOST = "127.0.0.1"
 START_TIMEOUT_S = 120
-_STEP_S = 0.05
+STOP_TIMEOUT_S = 30
+_STEP_S = 0.02
 
 
 class ServerFailed(Exception):
@@ -25,18 +30,25 @@ class ServerFailed(Exception):
 
 
 class RunningServer(msgspec.Struct, frozen=True):
-    """A server under measurement."""
+    """A server under measurement.
+
+    Attributes:
+        port: TCP port on ``HOST``.
+        pid: Its first process.
+        start_s: Seconds from its spawn until it was ready.
+    """
 
     port: int
     pid: int
+    start_s: float
 
 
 @contextlib.contextmanager
 def slipstream(repository: Path, *options: str) -> Iterator[RunningServer]:
     """Serve a repository with the installed command, and further options of it, while the context is open."""
     port = free_port()
-    command = [str(Path(sys.executable).parent / "slipstream"), "serve", str(repository), "--gpu", "off"]
-    with _running([*command, "--host", HOST, "--port", str(port), *options], port, "/v2/health/ready") as server:
+    command = slipstream_command(repository, port, *options)
+    with running(command, port, lambda: is_ready(port, "/v2/health/ready")) as server:
         yield server
 
 
@@ -44,10 +56,20 @@ def slipstream(repository: Path, *options: str) -> Iterator[RunningServer]:
 def plain_fastapi(workload: Workload) -> Iterator[RunningServer]:
     """Serve a workload's model with the plain handler while the context is open."""
     port = free_port()
-    options = msgspec.json.encode(workload.options).decode()
-    command = [sys.executable, "-m", "benchmarks.plain_fastapi", str(workload.model), str(port), options]
-    with _running(command, port, "/openapi.json") as server:
+    with running(plain_command(workload, port), port, lambda: is_ready(port, "/openapi.json")) as server:
         yield server
+
+
+def slipstream_command(repository: Path, port: int, *options: str) -> list[str]:
+    """Return the installed command that serves a repository, with further options of it."""
+    command = [str(Path(sys.executable).parent / "slipstream"), "serve", str(repository), "--gpu", "off"]
+    return [*command, "--host", HOST, "--port", str(port), *options]
+
+
+def plain_command(workload: Workload, port: int) -> list[str]:
+    """Return what serves a workload's model with the plain handler."""
+    options = msgspec.json.encode(workload.options).decode()
+    return [sys.executable, "-m", "benchmarks.plain_fastapi", str(workload.model), str(port), options]
 
 
 def offer(server: RunningServer, requests: list[bytes], connections: int, seconds: float, warm_up_s: float) -> Outcome:
@@ -67,6 +89,44 @@ def offer(server: RunningServer, requests: list[bytes], connections: int, second
     return decoded
 
 
+def offer_open(server: RunningServer, load: OpenLoad) -> OpenOutcome:
+    """Run the open-loop generator in its own process.
+
+    Args:
+        server: Whom to ask.
+        load: What to send; its address and process are replaced by the server's.
+
+    Raises:
+        ServerFailed: If the generator failed.
+    """
+    aimed = msgspec.structs.replace(load, host=HOST, port=server.port, server_pid=server.pid)
+    command = [sys.executable, "-m", "benchmarks.open_loop"]
+    done = subprocess.run(command, input=msgspec.json.encode(aimed), capture_output=True, check=False)
+    try:
+        return msgspec.json.decode(done.stdout, type=OpenOutcome)
+    except msgspec.DecodeError as exc:
+        said = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
+        raise ServerFailed(f"the load generator ended with {done.returncode}: {' '.join(said)}") from exc
+
+
+def ask(port: int, request: bytes, timeout_s: float = 10.0) -> SeenAnswer | None:
+    """Send one complete request on a connection of its own.
+
+    Returns:
+        Its answer, as that of request 0; ``None`` if there was none in time.
+    """
+    try:
+        with socket.create_connection((HOST, port), timeout=timeout_s) as connection:
+            connection.sendall(request)
+            with http.client.HTTPResponse(connection) as response:
+                response.begin()
+                body = response.read()
+                length = response.getheader("Inference-Header-Content-Length")
+                return SeenAnswer(0, response.status, int(length) if length else None, body, 1)
+    except (OSError, http.client.HTTPException):
+        return None
+
+
 def free_port() -> int:
     """Return a TCP port that nothing uses now."""
     with socket.create_server((HOST, 0)) as listening:
@@ -75,24 +135,59 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def _running(command: list[str], port: int, ready_path: str) -> Iterator[RunningServer]:
+def running(
+    command: list[str],
+    port: int,
+    ready: Callable[[], bool],
+    environment: Mapping[str, str] | None = None,
+    stop_timeout_s: float = STOP_TIMEOUT_S,
+) -> Iterator[RunningServer]:
+    """Run a server while the context is open; at its end, no process of its tree is left.
+
+    Args:
+        command: What to run.
+        port: Where it will listen.
+        ready: Whether it can be used; asked again and again.
+        environment: Variables beside those of this process.
+        stop_timeout_s: How long it may take to stop before it is killed.
+
+    Raises:
+        ServerFailed: If it ends or is not ready in time; the message has the end of its log.
+    """
     with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+        began_s = time.monotonic()
+        process = subprocess.Popen(
+            command,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, **(environment or {})},
+        )
         try:
-            deadline_s = time.monotonic() + START_TIMEOUT_S
-            while not is_ready(port, ready_path):
-                if process.poll() is not None or time.monotonic() > deadline_s:
+            while not ready():
+                if process.poll() is not None or time.monotonic() > began_s + START_TIMEOUT_S:
                     log.seek(0)
-                    raise ServerFailed(f"{' '.join(command)} did not get ready:\n{log.read().decode()[-2000:]}")
+                    text = log.read().decode(errors="replace")[-2000:]
+                    raise ServerFailed(f"{' '.join(command)} did not get ready:\n{text}")
                 time.sleep(_STEP_S)
-            yield RunningServer(port, process.pid)
+            yield RunningServer(port, process.pid, time.monotonic() - began_s)
         finally:
-            process.terminate()
-            try:
-                process.wait(timeout=30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            _stop(process, stop_timeout_s)
+
+
+def _stop(process: "subprocess.Popen[bytes]", timeout_s: float) -> None:
+    """Ask a server to stop, and kill what is left of its tree."""
+    tree = tree_of(process.pid)
+    process.terminate()
+    try:
+        process.wait(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        tree += tree_of(process.pid)
+        process.kill()
+        process.wait()
+    for pid in tree[1:]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def is_ready(port: int, path: str) -> bool:

@@ -1,7 +1,7 @@
 """What is measured: models, their inputs as requests of every kind, and the check of the answers."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -16,6 +16,7 @@ from server.tensors import DATATYPE_OF_NUMPY, NUMPY_DTYPE, Array
 
 Row = dict[str, Array]
 TINY_FEATURES, TINY_CLASSES = 64, 10
+WIDE_FEATURES, WIDE_GROUPS = 12_288, 16
 REQUESTS = 32
 
 
@@ -69,11 +70,32 @@ def save_tiny(repository: Path) -> Workload:
     inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", TINY_FEATURES])]
     outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", TINY_CLASSES])]
     graph = helper.make_graph(nodes, "tiny", inputs, outputs, weights)
-    path = repository / "tiny" / "1" / "model.onnx"
-    path.parent.mkdir(parents=True)
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    save_plain(repository, graph)
     rows = [{"x": rng.standard_normal((1, TINY_FEATURES)).astype(np.float32)} for _ in range(REQUESTS)]
     return open_workload(repository, "tiny", rows)
+
+
+def save_wide(repository: Path) -> Workload:
+    """Write a net that adds up 12,288 inputs in 16 groups: a picture's numbers, whose reading is what it costs."""
+    sizes = helper.make_tensor("sizes", TensorProto.INT64, [3], [0, WIDE_GROUPS, -1])
+    axis = helper.make_tensor("axis", TensorProto.INT64, [1], [2])
+    nodes = [
+        helper.make_node("Reshape", ["x", "sizes"], ["grouped"]),
+        helper.make_node("ReduceMean", ["grouped", "axis"], ["y"], keepdims=0),
+    ]
+    inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", WIDE_FEATURES])]
+    outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", WIDE_GROUPS])]
+    save_plain(repository, helper.make_graph(nodes, "wide", inputs, outputs, [sizes, axis]))
+    rng = np.random.default_rng(0)
+    rows = [{"x": rng.standard_normal((1, WIDE_FEATURES)).astype(np.float32)} for _ in range(REQUESTS)]
+    return open_workload(repository, "wide", rows)
+
+
+def save_plain(repository: Path, graph: onnx.GraphProto) -> None:
+    """Write a graph as version 1 of the model of its name."""
+    path = repository / graph.name / "1" / "model.onnx"
+    path.parent.mkdir(parents=True)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8), path)
 
 
 def read_rows(samples: Path, count: int = REQUESTS) -> list[Row]:
@@ -83,20 +105,21 @@ def read_rows(samples: Path, count: int = REQUESTS) -> list[Row]:
     return [{name: array[i : i + 1] for name, array in inputs.items()} for i in range(count)]
 
 
-def json_request(workload: Workload, row: Row) -> bytes:
+def json_request(workload: Workload, row: Row, **parameters: object) -> bytes:
     """Return a complete request of the Open Inference Protocol with all tensors in JSON."""
-    body = {"inputs": [{**_described(name, array), "data": array.ravel().tolist()} for name, array in row.items()]}
-    return _post(_infer_path(workload), json.dumps(body).encode())
+    inputs = [{**_described(name, array), "data": array.ravel().tolist()} for name, array in row.items()]
+    body = {"inputs": inputs, **({"parameters": parameters} if parameters else {})}
+    return post(_infer_path(workload), json.dumps(body).encode())
 
 
-def binary_request(workload: Workload, row: Row) -> bytes:
+def binary_request(workload: Workload, row: Row, **parameters: object) -> bytes:
     """Return the same request with binary tensors, asking for binary answers."""
     inputs = [
         {**_described(name, array), "parameters": {"binary_data_size": array.nbytes}} for name, array in row.items()
     ]
-    head = json.dumps({"inputs": inputs, "parameters": {"binary_data_output": True}}).encode()
+    head = json.dumps({"inputs": inputs, "parameters": {"binary_data_output": True, **parameters}}).encode()
     body = b"".join([head, *(array.tobytes() for array in row.values())])
-    return _post(_infer_path(workload), body, f"Inference-Header-Content-Length: {len(head)}\r\n")
+    return post(_infer_path(workload), body, f"Inference-Header-Content-Length: {len(head)}\r\n")
 
 
 def with_header(request: bytes, line: str) -> bytes:
@@ -107,7 +130,7 @@ def with_header(request: bytes, line: str) -> bytes:
 
 def plain_request(row: Row) -> bytes:
     """Return the same row as ``benchmarks.plain_fastapi`` takes it."""
-    return _post("/predict", json.dumps({name: array.tolist() for name, array in row.items()}).encode())
+    return post("/predict", json.dumps({name: array.tolist() for name, array in row.items()}).encode())
 
 
 def read_answer(answer: SeenAnswer) -> Row:
@@ -142,26 +165,41 @@ class AnswerCheck(msgspec.Struct, frozen=True):
     worst_error: float
 
 
-def check_answers(answers: Sequence[SeenAnswer], expected: Sequence[Mapping[str, Array]]) -> AnswerCheck:
+def flat_answer(answer: SeenAnswer, expected: Mapping[str, Array]) -> Array:
+    """Return the numbers of an answer that names its outputs, in the order of the expected ones."""
+    return flat(read_answer(answer), expected)
+
+
+def check_answers(
+    answers: Sequence[SeenAnswer],
+    expected: Sequence[Mapping[str, Array]],
+    read: Callable[[SeenAnswer, Mapping[str, Array]], Array] = flat_answer,
+) -> AnswerCheck:
     """Compare answers with what the session gives for each row alone.
 
     An INT8 session's answer moves a little with its batch; a mix-up of rows moves it to another row's answer.
+
+    Args:
+        answers: What came.
+        expected: The session's outputs for each row.
+        read: Takes an answer and the expected outputs; returns all its numbers in their order.
     """
-    table = np.stack([_flat(row, row) for row in expected])
+    table = np.stack([flat(row, row) for row in expected])
     failed = wrong = 0
     worst = 0.0
     for answer in answers:
         if answer.status != 200:
             failed += answer.count
             continue
-        distances = np.linalg.norm(table - _flat(read_answer(answer), expected[answer.request]), axis=1)
+        distances = np.linalg.norm(table - read(answer, expected[answer.request]), axis=1)
         if int(distances.argmin()) != answer.request:
             wrong += answer.count
         worst = max(worst, float(distances[answer.request] / np.linalg.norm(table[answer.request])))
     return AnswerCheck(failed, wrong, worst)
 
 
-def _flat(outputs: Mapping[str, Array], order: Mapping[str, Array]) -> Array:
+def flat(outputs: Mapping[str, Array], order: Mapping[str, Array]) -> Array:
+    """Return all numbers of some outputs, one output after another in the given order."""
     return np.concatenate([np.asarray(outputs[name], np.float64).ravel() for name in order])
 
 
@@ -173,6 +211,14 @@ def _infer_path(workload: Workload) -> str:
     return f"/v2/models/{workload.name}/infer"
 
 
-def _post(path: str, body: bytes, header: str = "") -> bytes:
-    head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+def post(path: str, body: bytes, header: str = "", content_type: str = "application/json") -> bytes:
+    """Return a complete request.
+
+    Args:
+        path: Where it goes.
+        body: Its body.
+        header: Further header lines, each with its line end.
+        content_type: Of the body.
+    """
+    head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: {content_type}\r\n"
     return f"{head}{header}Content-Length: {len(body)}\r\n\r\n".encode() + body

@@ -34,6 +34,24 @@ def test_idle_time_is_summed_over_threads(tmp_path: Path) -> None:
     assert cpu.idle_cpu_s(10, tmp_path) == pytest.approx(0.002)
 
 
+def test_idle_time_counts_descendants(tmp_path: Path) -> None:
+    save_process(tmp_path, 10, 1, 0, 0)
+    save_process(tmp_path, 11, 10, 0, 0)
+    for process, nanoseconds in ((10, 1_000_000), (11, 4_000_000)):
+        (tmp_path / str(process) / "task" / "1").mkdir(parents=True)
+        (tmp_path / str(process) / "task" / "1" / "schedstat").write_text(f"{nanoseconds} 7 3\n")
+    assert cpu.idle_cpu_s(10, tmp_path) == pytest.approx(0.005)
+
+
+def test_memory_is_that_of_the_tree(tmp_path: Path) -> None:
+    save_process(tmp_path, 10, 1, 0, 0)
+    save_process(tmp_path, 11, 10, 0, 0)
+    save_process(tmp_path, 12, 10, 0, 0)  # ended between listing and reading
+    for process in (10, 11):
+        (tmp_path / str(process) / "smaps_rollup").write_text("0-1 ---p\nRss: 2000 kB\nPss: 1000 kB\nPss_Anon: 9 kB\n")
+    assert cpu.tree_memory(10, tmp_path) == cpu.Memory(4.096, 2.048)
+
+
 def test_own_process_has_used_cpu() -> None:
     assert cpu.tree_cpu_s(os.getpid()) > 0
 

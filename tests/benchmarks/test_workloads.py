@@ -17,6 +17,7 @@ from benchmarks.workloads import (
     read_answer,
     read_rows,
     save_tiny,
+    save_wide,
 )
 from server.tensors import InferResponse
 from server.wire import decode, encode
@@ -92,6 +93,14 @@ def test_rows_are_read_from_samples(tmp_path: Path) -> None:
     assert len(rows) == 3
     assert rows[2]["a"].tolist() == [[4, 5]]
     assert rows[2]["b"].tolist() == [2.0]
+
+
+def test_wide_model_takes_a_picture_of_numbers(tmp_path: Path) -> None:
+    workload = save_wide(tmp_path)
+    (row,) = {row["x"].shape for row in workload.rows}
+    assert row == (1, 12_288)
+    means = workload.rows[0]["x"].reshape(16, 768).mean(axis=1)
+    np.testing.assert_allclose(workload.expected[0]["y"][0], means, rtol=1e-4, atol=1e-6)
 
 
 def test_batches_are_full_and_hold_every_row() -> None:

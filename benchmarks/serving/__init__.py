@@ -1,0 +1,1 @@
+"""The comparison with other servers: ``python -m benchmarks.serving --help``."""

@@ -145,7 +145,7 @@ def ask(original: Form, signature: Signature, parts: Parts, recipe: Recipe, stor
         known = store.read(key, _PROOF)
         if known is None:
             batching = prove_batching(session, signature, held_out, max(recipe.batch_rows), host.cores)
-            proof = _Proof(batching, prove_padding(session, signature, held_out.singles, host.cores))
+            proof = _Proof(batching, prove_padding(session, signature, held_out, host.cores))
             store.write(key, _PROOF, msgspec.json.encode(proof))
         else:
             proof = msgspec.json.decode(known, type=_Proof)

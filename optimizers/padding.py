@@ -11,8 +11,8 @@ import msgspec
 import numpy as np
 
 from optimizers.errors import PassFailed
-from optimizers.evidence import BATCHING_MAX_CHANGED, BATCHING_MIN_SQNR_DB, Runner, stack
-from optimizers.fidelity import compare, decision_for, worst_sqnr_db
+from optimizers.evidence import BATCHING_MAX_CHANGED, BATCHING_MIN_SQNR_DB, HeldOut, Runner, stack
+from optimizers.fidelity import compare, worst_sqnr_db
 from server.artifact import Padding
 from server.errors import InferenceFailed
 from server.tensors import Array, Signature, Tensors
@@ -29,17 +29,17 @@ class _Step(msgspec.Struct, frozen=True):
     after: tuple[int, ...]
 
 
-def prove_padding(session: Runner, signature: Signature, singles: Sequence[Tensors], workers: int = 1) -> Padding:
+def prove_padding(session: Runner, signature: Signature, held_out: HeldOut, workers: int = 1) -> Padding:
     """Find out whether inputs may be padded with zeros along a shared variable axis, by running the original.
 
     The samples are padded by one and to twice their length. Where the model cannot run anything longer (its positions
     end there), the first half of each sample is padded to the whole length instead. Answers must agree as those of
-    batches must (40 dB, 1 % of the decisions); outputs that grow with the axis are cut back first.
+    batches must (40 dB, 1 % of the decisions, of the same kind); outputs that grow with the axis are cut back first.
 
     Args:
         session: The original.
         signature: Its signature.
-        singles: One request per sample, at least one; 64 are used.
+        held_out: Samples, at least one; 64 are used. Their decision counts, not their answers.
         workers: Runs at a time.
     """
     names = _variable_axes(signature)
@@ -47,7 +47,7 @@ def prove_padding(session: Runner, signature: Signature, singles: Sequence[Tenso
         return Padding(False, "no variable axis with a name beside the batch")
     refusals = []
     for name in names:
-        found = _prove(session, signature, singles[:_MOST_SAMPLES], name, workers)
+        found = _prove(session, signature, held_out, name, workers)
         if found.paddable:
             return found
         refusals.append(found)
@@ -61,18 +61,18 @@ def _variable_axes(signature: Signature) -> list[str]:
     return [name for name in dict.fromkeys(names) if name not in first]
 
 
-def _prove(session: Runner, signature: Signature, singles: Sequence[Tensors], name: str, workers: int) -> Padding:
+def _prove(session: Runner, signature: Signature, held_out: HeldOut, name: str, workers: int) -> Padding:
     axes = {spec.name: spec.shape.index(name) for spec in signature.inputs if name in spec.shape}
     if any(spec.shape.count(name) > 1 for spec in signature.inputs):
         return Padding(False, f"axis '{name}' occurs twice in one input")
     if any(spec.datatype == "BYTES" for spec in signature.inputs if spec.name in axes):
         return Padding(False, f"axis '{name}' holds text, which has no zero")
-    output_axes: dict[str, int] = {}
+    singles, output_axes = held_out.singles[:_MOST_SAMPLES], dict[str, int]()
     worst = _IDENTICAL_DB
     try:
         steps, until = _steps(session, singles, axes)
         for step in steps:
-            sqnr, changed, output_axes = _measured(session, step, axes, workers)
+            sqnr, changed, output_axes = _measured(session, step, axes, held_out.decision, workers)
             if sqnr < BATCHING_MIN_SQNR_DB or changed > BATCHING_MAX_CHANGED:
                 return Padding(False, _refusal(name, step, sqnr, changed))
             worst = min(worst, sqnr)
@@ -99,7 +99,9 @@ def _steps(session: Runner, singles: Sequence[Tensors], axes: dict[str, int]) ->
     return steps, f"from length {min(lengths)} to {2 * longest}"
 
 
-def _measured(session: Runner, step: _Step, axes: dict[str, int], workers: int) -> tuple[float, float, dict[str, int]]:
+def _measured(
+    session: Runner, step: _Step, axes: dict[str, int], decision: str, workers: int
+) -> tuple[float, float, dict[str, int]]:
     """Return the SQNR in decibel and the share of changed decisions through padding, and the axes to cut back."""
     padded = [_padded(single, axes, size) for single, size in zip(step.singles, step.after, strict=True)]
     with ThreadPoolExecutor(workers) as pool:
@@ -111,7 +113,7 @@ def _measured(session: Runner, step: _Step, axes: dict[str, int], workers: int) 
             output_axes[name] = axis
     reference = stack(alone)
     answers = stack([_cut(answer, output_axes, size) for answer, size in zip(seen, step.before, strict=True)])
-    agreement = compare(reference, answers, decision_for(reference)).agreement
+    agreement = compare(reference, answers, decision).agreement
     return worst_sqnr_db(reference, answers), 1 - agreement, output_axes
 
 

@@ -38,13 +38,12 @@ from optimizers.search import (
     speed_of,
     unfaithful,
 )
+from optimizers.tuning import LEAST_SPINNING_MS, Tried, alternatives, open_alternatives
 from server.artifact import Fidelity, LatencyTable, SessionOptions
 from server.errors import SlipstreamError
-from server.providers import CPU, Device
+from server.providers import Device
 
 FALLBACK = "fp32"
-LEAST_SPINNING_MS = 0.1
-"""Waking a thread costs a share of longer runs; runs as short as this are over before another thread helps."""
 
 Measured = tuple[Race, str]
 """A race and a label in it."""
@@ -243,17 +242,15 @@ class Trial:
     ) -> tuple[dict[str, KnobChoice], dict[str, Measured]]:
         """Try other session settings for each served variant; return its choice, and where it was measured."""
         names = list(dict.fromkeys([*kept, bulk.name] if bulk is not None else kept))
-        tried: dict[str, dict[Knobs, str]] = {}
+        for name in self._built.keys() - set(names):
+            self._track.leave(self._built[name])
+        tried: dict[str, Tried] = {}
         for name in names:
             built, row_ms = self._built[name], race.table(name).p50_ms[0]
             may_spin = row_ms >= LEAST_SPINNING_MS and not (bulk is not None and name == bulk.name)
-            tried[name] = {}
-            for knobs in alternatives(built, self._plan.cores, may_spin=may_spin):
-                try:
-                    tried[name][knobs] = self._track.enter(built, knobs)
-                except SlipstreamError:
-                    continue  # an alternative only: the plain settings are proven
-        labels = [*names, *(label for options in tried.values() for label in options.values())]
+            settings = alternatives(built, self._plan.cores, may_spin=may_spin)
+            tried[name] = open_alternatives(self._track, built, settings, self._memory.get(name))
+        labels = [*names, *(label for settings in tried.values() for label in settings.labels.values())]
         rows = deciding_rows(race.rows)
         second = self._race(labels, racing_rows(race.rows) if bulk else rows, 0.2, "race of session settings", 0.7)
         choices = {name: self._choose(name, tried[name], second, rows) for name in kept}
@@ -262,20 +259,20 @@ class Trial:
             choices[bulk.name] = self._choose(bulk.name, tried[bulk.name], second, large)
         return choices, self._final(choices, bulk, tried, race)
 
-    def _choose(self, name: str, tried: dict[Knobs, str], second: Race, rows: Sequence[int]) -> KnobChoice:
+    def _choose(self, name: str, tried: Tried, second: Race, rows: Sequence[int]) -> KnobChoice:
         plain = Knobs(graph_level=self._built[name].options.graph_level)
-        others = {knobs: _against(second, label, name, rows) for knobs, label in tried.items()}
-        return choose_knobs(served_name(name), plain, others, self._plan.policy.objective)
+        others = {knobs: _against(second, label, name, rows) for knobs, label in tried.labels.items()}
+        return tried.noted(choose_knobs(served_name(name), plain, others, self._plan.policy.objective))
 
     def _final(
         self,
         choices: dict[str, KnobChoice],
         bulk: Bulk | None,
-        tried: dict[str, dict[Knobs, str]],
+        tried: dict[str, Tried],
         race: Race,
     ) -> dict[str, Measured]:
         """Measure the chosen settings at all batch sizes, where they are not the plain ones."""
-        other = {name: tried[name][c.knobs] for name, c in choices.items() if c.knobs in tried[name]}
+        other = {n: tried[n].labels[c.knobs] for n, c in choices.items() if c.knobs in tried[n].labels}
         if not other:
             return {name: (race, name) for name in choices}
         if bulk is not None:  # it is compared with the first choice, so both belong into one race
@@ -337,16 +334,6 @@ class Trial:
             pareto=name in decision.pareto,
             host_bound=built.host_bound,
         )
-
-
-def alternatives(built: Built, cores: int, *, may_spin: bool = True) -> list[Knobs]:
-    """Return the session settings to try for a variant beside the plain ones."""
-    if built.provider != CPU.kind:
-        return []
-    level = built.options.graph_level
-    found = [Knobs(cores, False, level)] if cores > 1 else []
-    found += [Knobs(cores, True, level)] if cores > 1 and may_spin else []
-    return found if built.host_bound else [*found, Knobs(graph_level="extended"), Knobs(graph_level="basic")]
 
 
 def headline(outcome: Outcome) -> str:

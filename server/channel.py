@@ -40,6 +40,8 @@ INLINE_BYTES: Final = 4096
 PACKET_BYTES: Final = 64 * 1024
 _NOWHERE, _INLINE, _SLAB, _OWN = 0, 1, 2, 3
 _DESCRIPTOR: Final = struct.Struct("<BB2xIQI4xQQ")
+# Of a slab that is empty again, pages beyond this are given back to the system. A multiple of the size of pages.
+KEPT_BYTES: Final = 64 * 1024 * 1024
 # Messages above this share of a slab get memory of their own.
 _LARGEST_SHARE: Final = 4
 _MAX_FILES: Final = 64
@@ -265,6 +267,9 @@ class Channel:
     def _take_back(self, place: int, token: int) -> None:
         if place == _SLAB:
             self._allocator.release(token)
+            if self._allocator.is_empty and self._allocator.high_bytes > KEPT_BYTES and self._slab is not None:
+                self._slab.madvise(mmap.MADV_REMOVE, KEPT_BYTES, self._allocator.high_bytes - KEPT_BYTES)
+                self._allocator.reset()
         else:
             del self._own_bytes[token]
         if self.made_room is not None:

@@ -30,7 +30,7 @@ _HELP = {
     "direction; only what is used is taken from the system.",
     "gpu": "Serve on the GPU where it really works, else on the CPU (prefer); refuse to start without it (require); "
     "never look for it (off).",
-    "cpu_instances": "Lanes, each with one thread, for the preferred CPU variant of a model; 0 means one per core.",
+    "cpu_instances": "Lanes for the preferred CPU variant of a model; 0 splits the cores as measured.",
     "max_queue_rows": "Rows that may wait per model; more are refused with 429 and Retry-After.",
     "max_queue_delay_s": "Seconds that an idle lane may wait for a fuller batch. 0 runs at once: batches still grow "
     "whenever all lanes are busy.",

@@ -6,13 +6,14 @@ and its memory is unmapped once no run reads from it any more.
 """
 
 import asyncio
+import gc
 import logging
 import os
 import signal
 import socket
 import time
 from collections import deque
-from collections.abc import Coroutine
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Final
 
@@ -27,11 +28,12 @@ from server.infer import CANCELLED
 from server.logs import configure
 from server.messages import Buffer, Codecs, Encoded, Failure, Found, HttpAnswer, HttpRequest, Inferred
 from server.metrics import Metrics
+from server.model import Model
 from server.orders import Line, Note
 from server.repository import Repository
-from server.serving import Model, RequestCounter
+from server.serving import How, RequestCounter
 from server.settings import Settings, settings_from_text
-from server.tensors import InferRequest
+from server.tensors import InferRequest, InferResponse
 
 logger = logging.getLogger(__name__)
 
@@ -69,9 +71,9 @@ class Engine:
 
     async def close(self) -> None:
         """Let what is under way be answered, for a short time, and close all channels."""
-        tasks = {task for connection in self._connections for task in connection.tasks.values()}
-        if tasks:
-            await asyncio.wait(tasks, timeout=LAST_ANSWERS_S)
+        under_way = {future for connection in self._connections for future in connection.under_way.values()}
+        if under_way:
+            await asyncio.wait(under_way, timeout=LAST_ANSWERS_S)
         for connection in tuple(self._connections):
             connection.close()
 
@@ -137,11 +139,11 @@ class Connection:
     """One front end.
 
     Attributes:
-        tasks: Number of a request -> the task that answers it.
+        under_way: Number of a request -> the run or the task that its answer is made of.
     """
 
     def __init__(self, engine: Engine, connection: socket.socket, slab_bytes: int) -> None:
-        self.tasks: dict[int, asyncio.Task[None]] = {}
+        self.under_way: dict[int, asyncio.Future[Any]] = {}
         self._engine, self._codecs = engine, engine.codecs
         self._loop = asyncio.get_running_loop()
         self._waiting: deque[tuple[int, int, Encoded]] = deque()  # answers for which there is no room yet
@@ -160,53 +162,73 @@ class Connection:
 
     def _receive(self, kind: int, target: int, number: int, message: Buffer, head_bytes: int) -> None:
         if kind == channel.INFER:
-            request = self._codecs.infer.decode(message, head_bytes)
-            self._start(number, self._infer(number, target, request))
+            self._infer(number, target, self._codecs.infer.decode(message, head_bytes))
         elif kind == channel.FINISHED:
             for name, version, code, seconds in self._codecs.finished.decode(message, head_bytes).requests:
-                self._engine.counter_of(name, version).request_finished(code, seconds)
+                counter = self._engine.counter_of(name, version)
+                for each in seconds:
+                    counter.request_finished(code, each)
         elif kind == channel.CANCEL:
-            if (task := self.tasks.get(number)) is not None:
-                task.cancel()
+            if (future := self.under_way.get(number)) is not None:
+                future.cancel()
         elif kind == channel.LOOK_UP:
             self._look_up(number, *self._codecs.look_up.decode(message, head_bytes))
         elif kind == channel.HTTP:
-            asked = self._codecs.http.decode(message, head_bytes)
-            self._start(number, self._http(number, asked))
+            exchange = _Exchange(self._codecs.http.decode(message, head_bytes))
+            answering = self._loop.create_task(self._engine.app(exchange.scope, exchange.receive, exchange.send))
+            self.under_way[number] = answering
+            answering.add_done_callback(partial(self._answered, number, exchange))
 
-    def _start(self, number: int, answering: Coroutine[Any, Any, None]) -> None:
-        self.tasks[number] = self._loop.create_task(answering)
-
-    async def _infer(self, number: int, target: int, request: InferRequest) -> None:
+    def _infer(self, number: int, target: int, request: InferRequest) -> None:
+        """Begin a run; without a task, unless the cache has to be asked."""
         started_s = time.perf_counter()
-        model: Model | None = None
+        cache = self._engine.app.cache
         try:
             model = self._engine.model_of(target)
-            cache = self._engine.app.cache
+            run: asyncio.Future[Any]
+            finish: Callable[[Any], tuple[InferResponse, How]]
             if cache is None:
-                inferred = Inferred(await model.infer(request), "miss")
+                run, finish = model.begin(request), partial(model.finish, request)
             else:
-                inferred = Inferred(*await cache.infer(model, request))
-            self._answer(channel.INFERRED, number, self._codecs.inferred.encode(inferred))
-        except asyncio.CancelledError:
-            if self._is_lost and model is not None:  # else the front end counts it
-                counter = self._engine.counter_of(model.name, model.version)
-                counter.request_finished(CANCELLED, time.perf_counter() - started_s)
+                run, finish = self._loop.create_task(cache.infer(model, request)), _as_it_is
         except Exception as exc:  # noqa: BLE001  (the boundary where every error becomes an answer)
             self._fail(number, exc)
-        finally:
-            del self.tasks[number]
-
-    async def _http(self, number: int, asked: HttpRequest) -> None:
-        exchange = _Exchange(asked)
-        try:
-            await self._engine.app(exchange.scope, exchange.receive, exchange.send)
-        except asyncio.CancelledError:
             return
-        except Exception:  # the application has answered, and raises for the log
-            logger.exception("internal error")
-        finally:
-            del self.tasks[number]
+        self.under_way[number] = run
+        run.add_done_callback(partial(self._ran, number, model, finish, started_s))
+
+    def _ran(
+        self,
+        number: int,
+        model: Model,
+        finish: Callable[[Any], tuple[InferResponse, How]],
+        started_s: float,
+        run: "asyncio.Future[Any]",
+    ) -> None:
+        del self.under_way[number]
+        if run.cancelled():
+            if self._is_lost:  # else the front end counts it
+                counter = self._engine.counter_of(model.name, model.version)
+                counter.request_finished(CANCELLED, time.perf_counter() - started_s)
+            return
+        # Raised here, the error would keep this frame, and the frame the run, and so the memory of the request.
+        error = run.exception()
+        if error is not None:
+            self._fail(number, error)
+            return
+        try:
+            inferred = Inferred(*finish(run.result()))
+            self._answer(channel.INFERRED, number, self._codecs.inferred.encode(inferred))
+        except Exception as exc:  # noqa: BLE001  (as in _infer)
+            self._fail(number, exc)
+
+    def _answered(self, number: int, exchange: "_Exchange", answering: "asyncio.Future[None]") -> None:
+        del self.under_way[number]
+        if answering.cancelled():
+            return
+        error = answering.exception()
+        if error is not None:  # the application has answered, and raises for the log
+            logger.error("internal error", exc_info=error)
         if exchange.answer is None:
             self._fail(number, SlipstreamError("internal error; see the server log"))
         else:
@@ -220,7 +242,7 @@ class Connection:
         else:
             self._answer(channel.FOUND, number, self._codecs.found.encode(found))
 
-    def _fail(self, number: int, error: Exception) -> None:
+    def _fail(self, number: int, error: BaseException) -> None:
         if not isinstance(error, SlipstreamError):
             logger.error("internal error", exc_info=error)
             error = SlipstreamError("internal error; see the server log")
@@ -241,9 +263,13 @@ class Connection:
     def _lost(self) -> None:
         self._is_lost = True
         self._waiting.clear()
-        for task in self.tasks.values():
-            task.cancel()
+        for future in self.under_way.values():
+            future.cancel()
         self._engine.disconnected(self)
+
+
+def _as_it_is(answered: tuple[InferResponse, How]) -> tuple[InferResponse, How]:
+    return answered
 
 
 class _Exchange:
@@ -297,6 +323,9 @@ class EngineProcess:
     async def run(self) -> None:
         """Serve until told to stop."""
         engine = await self._started
+        # What lives as long as the process need not be looked through again: a full collection takes 15 ms else.
+        gc.collect()
+        gc.freeze()
         app = engine.app
         async with app.router.lifespan_context(app):
             await self._stop.wait()

@@ -51,7 +51,7 @@ class FrontEnd:
         self.engine = RemoteEngine(settings.slab_bytes, self._check_open, lambda: report("lost"))
         self._report = report
         self._is_listening = False
-        self._models = RemoteModels(self.engine)
+        self._models = RemoteModels(self.engine, gathers=not settings.cache_bytes)
         self.infer = InferBranch(
             self._models,
             RemoteCounters(self.engine),
@@ -103,6 +103,7 @@ class FrontEnd:
             scope["server"],
             body,
         )
+        self.engine.tell_finished()  # so that metrics that are asked for count what was answered before
         answer: HttpAnswer = await self.engine.call(channel.HTTP, self.engine.codecs.http.encode(asked))
         return Answer(answer.status, answer.headers, [answer.body])
 

@@ -1,18 +1,31 @@
 """Opening the lanes of one model version: each variant on each device that it is made for, proven before it serves."""
 
 import logging
+import time
+from collections import Counter
 from collections.abc import Iterator
+from functools import cached_property, partial
+
+import msgspec
 
 from server.artifact import Artifact, LatencyTable, Variant, read_golden
+from server.bench import LEAST_BUDGET_S, SessionBench, Subject
 from server.errors import ArtifactError, InferenceFailed, StartupError
 from server.golden import require_golden
 from server.host import read_host
 from server.providers import Device, usable_cores
+from server.sample import Sample, sample_of_golden, sample_of_plain
 from server.scheduler import LaneSpec
-from server.session import MEASURED_ROWS, Session, measure_latency, synthetic_inputs
-from server.tensors import Signature, Tensors, TensorSpec
+from server.session import Session, measure_latency
+from server.split import Split, Splits, compare
+from server.tensors import Signature, TensorSpec
+from server.worker import INLINE_LANE_S
 
 logger = logging.getLogger(__name__)
+
+_BUDGET_SHARE = 0.5  # of the time that opening took until then, for measuring splits of slow models
+_PLAIN_S, _FOREIGN_S = 1.0, 0.5  # for a latency table
+_LOOK_S = 0.02  # for a first look at one row
 
 
 class Lanes:
@@ -21,11 +34,16 @@ class Lanes:
     Opening blocks. Lanes are ordered by device as given, then by the manifest's preference. On the CPU the first
     variant and the one for large batches get several lanes, every other one a single lane per device.
 
+    What a plain model or a manifest of another kind of host does not tell is measured: run times, and, unless something
+    else needs the cores, how the lanes of the CPU split them.
+
     Args:
         artifact: What to open.
         devices: The devices that really work, the preferred one first.
-        cpu_instances: Lanes of such a CPU variant; 0 means as many as its threads fit into the usable cores.
+        cpu_instances: Lanes of such a CPU variant; 0 means as measured, or as many as its threads fit into the usable
+            cores.
         brownout: Whether every variant on the CPU gets several lanes, since each may have to serve alone.
+        splits: The splits of the process's models; without, none is measured.
 
     Attributes:
         specs: What the scheduler feeds.
@@ -39,10 +57,18 @@ class Lanes:
     """
 
     def __init__(
-        self, artifact: Artifact, devices: tuple[Device, ...], cpu_instances: int, *, brownout: bool = False
+        self,
+        artifact: Artifact,
+        devices: tuple[Device, ...],
+        cpu_instances: int,
+        *,
+        brownout: bool = False,
+        splits: Splits | None = None,
     ) -> None:
         self._artifact, self._manifest = artifact, artifact.manifest
         self._cpu_instances, self._brownout = cpu_instances, brownout
+        self._splits = None if cpu_instances else splits
+        self._split = self._splits.known(artifact.name) if self._splits is not None else None
         self._golden = read_golden(artifact.folder) if artifact.manifest is not None else None
         self._sessions: list[Session] = []
         self.specs: list[LaneSpec] = []
@@ -52,59 +78,142 @@ class Lanes:
             try:
                 self._place(variant, device)
             except StartupError as exc:
-                logger.warning("%s/%s: not served on %s: %s", artifact.name, artifact.version, device.name, exc)
+                logger.warning("%s: not served on %s: %s", self._title, device.name, exc)
                 earlier = self.refused.get(variant.name)
                 self.refused[variant.name] = f"{earlier}; {exc}" if earlier else str(exc)
         if not self.specs:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in self.refused.items())
-            raise StartupError(f"no variant of {artifact.name}/{artifact.version} can be served: {reasons}")
+            raise StartupError(f"no variant of {self._title} can be served: {reasons}")
         self.signature: Signature = self._manifest.signature if self._manifest else self._sessions[0].signature
+
+    def summary(self) -> list[dict[str, str | int]]:
+        """Return ``variant``, ``device``, ``instances`` and ``threads`` of each group of equal lanes."""
+        groups = Counter((spec.variant, spec.device, spec.threads) for spec in self.specs)
+        return [
+            {"variant": variant, "device": device, "instances": instances, "threads": threads}
+            for (variant, device, threads), instances in groups.items()
+        ]
 
     def close(self) -> None:
         """Release all sessions."""
         for session in self._sessions:
             session.close()
 
+    @property
+    def _title(self) -> str:
+        return f"{self._artifact.name}/{self._artifact.version}"
+
+    @cached_property
+    def _host(self) -> str:
+        return read_host().fingerprint
+
+    def _is_foreign(self, variant: Variant) -> bool:
+        """Whether a variant was never measured, or on another kind of host."""
+        return self._manifest is None or (bool(variant.host) and variant.host != self._host)
+
     def _place(self, variant: Variant, device: Device) -> None:
-        session = self._open(variant, device)
-        latency, probe = variant.latency, self._probe()
-        if self._manifest is None:
-            latency, may_batch, probe = _observe(session)
-            self.batchable = self.batchable and may_batch
-        is_first_on_cpu = device.kind == "cpu" and not any(spec.device == device.name for spec in self.specs)
-        threads = 1 if device.kind != "cpu" else variant.options.intra_op_threads or usable_cores()
+        started_s = time.perf_counter()
+        on_cpu, is_foreign = device.kind == "cpu", self._is_foreign(variant)
+        is_first_on_cpu = on_cpu and not any(spec.device == device.name for spec in self.specs)
         from_rows = 0 if is_first_on_cpu else variant.from_rows
-        is_main = device.kind == "cpu" and (is_first_on_cpu or from_rows or self._brownout)
-        count = (self._cpu_instances or max(1, usable_cores() // threads)) if is_main else 1
-        for number in range(count):
-            # One-thread sessions compute in the calling thread, so lanes can share one and its memory. A session with
-            # more has one pool of threads, which its callers would have to share.
-            if number and threads > 1:
-                session = self._open(variant, device)
-            self.specs.append(
-                LaneSpec(
-                    variant.name,
-                    device.name,
-                    session,
-                    latency,
-                    threads,
-                    from_rows,
-                    variant.fidelity.agreement if variant.fidelity is not None else 1.0,
-                    probe,
-                )
-            )
+        is_main = on_cpu and bool(is_first_on_cpu or from_rows or self._brownout)
+        split = self._split_of(variant, device, is_main=is_main, is_foreign=is_foreign)
+        is_open = is_first_on_cpu and is_foreign and self._may_measure_split()
+        session = self._open(variant, device, 1 if is_open else split.threads)
+        sample = self._sample(session)
+        sessions = [session]
+        if is_open and (found := self._find_split(variant, session, sample, time.perf_counter() - started_s)):
+            split, sessions = found
+        elif is_open and split.threads != 1:
+            session.close()
+            sessions = [self._open(variant, device, split.threads)]
+        # One-thread sessions compute in the calling thread, so lanes can share one and its memory. A session with more
+        # has one pool of threads, which its callers would have to share.
+        while len(sessions) < split.instances:
+            sessions.append(sessions[0] if split.threads == 1 else self._open(variant, device, split.threads))
+        latency = self._measure(sessions[0], sample) if is_foreign else variant.latency
+        agreement = variant.fidelity.agreement if variant.fidelity is not None else 1.0
+        self.specs += [
+            LaneSpec(variant.name, device.name, lane, latency, split.threads, from_rows, agreement, sample.probe)
+            for lane in sessions
+        ]
 
-    def _probe(self) -> Tensors | None:
-        """Return inputs that are known to work: the first golden row."""
-        if self._golden is None:
+    def _split_of(self, variant: Variant, device: Device, *, is_main: bool, is_foreign: bool) -> Split:
+        """Return how lanes of a variant use the device unless that is measured now."""
+        if device.kind != "cpu":
+            return Split(1, 1)
+        if is_main and is_foreign and self._split is not None:
+            return self._split
+        cores = usable_cores()
+        threads = min(variant.options.intra_op_threads or cores, cores)
+        return Split((self._cpu_instances or cores // threads) if is_main else 1, threads)
+
+    def _may_measure_split(self) -> bool:
+        if self._splits is None or usable_cores() == 1:
+            return False
+        if not self._splits.is_quiet():
+            how = "as for the version before" if self._split is not None else "as many lanes as fit"
+            logger.info("%s: requests are served, so the split of the cores is not measured: %s", self._title, how)
+            return False
+        return True
+
+    def _find_split(
+        self, variant: Variant, session: Session, sample: Sample, opening_s: float
+    ) -> tuple[Split, list[Session]] | None:
+        """Measure how the cores are best split; return a session for each instance, ``None`` if that is not told."""
+        if sample.inputs is None or self._splits is None:
             return None
-        rows = slice(1) if self.batchable else slice(None)
-        return {name: array[rows] for name, array in self._golden.inputs.items()}
+        if measure_latency(session, (1,), _LOOK_S, inputs=sample.inputs).predict_s(1) < INLINE_LANE_S:
+            return None  # it runs on the event loop, one batch at a time
+        reopen = partial(self._open, variant, session.device)
+        files = (self._artifact.folder / variant.file).parent.iterdir()
+        size_bytes = sum(file.stat().st_size for file in files if file.is_file())
+        budget_s = max(LEAST_BUDGET_S, _BUDGET_SHARE * opening_s)
+        subject = Subject(session, reopen, sample.inputs, sample.sizes, size_bytes)
+        bench = SessionBench(subject, budget_s, self._splits.is_quiet)
+        try:
+            finding = compare(bench, usable_cores())
+            if finding.failure:
+                logger.info("%s: the measured split of the cores is not used: %s", self._title, finding.failure)
+                return None
+            split = finding.trials[0].split
+            sessions = bench.keep(split)
+        except (InferenceFailed, StartupError) as exc:
+            logger.info("%s: the split of the cores cannot be measured: %s", self._title, exc)
+            return None
+        finally:
+            bench.close()
+        seen = "; ".join(str(trial) for trial in finding.trials)
+        logger.info("%s: the cores are split as measured best, %s (%s)", self._title, split, seen)
+        self._split = split
+        self._splits.remember(self._artifact.name, split)
+        return split, sessions
 
-    def _open(self, variant: Variant, device: Device) -> Session:
-        if variant.host_bound and variant.host != (here := read_host().fingerprint):
-            raise StartupError(f"built for hosts of kind {variant.host}, this is one of {here}; optimize it here")
-        session = Session(self._artifact.folder / variant.file, device, variant.options)
+    def _sample(self, session: Session) -> Sample:
+        if self._manifest is not None and self._golden is not None:
+            return sample_of_golden(self._golden, self._manifest.batching)
+        sample = sample_of_plain(session)
+        self.batchable = self.batchable and sample.batchable
+        return sample
+
+    def _measure(self, session: Session, sample: Sample) -> LatencyTable | None:
+        """Measure run times on this host as far as the sample tells them."""
+        if sample.inputs is None or not sample.tells_times:
+            return None
+        budget_s = _PLAIN_S if self._manifest is None else _FOREIGN_S
+        try:
+            return measure_latency(session, sample.sizes, budget_s, inputs=sample.inputs)
+        except InferenceFailed as exc:
+            logger.info("%s: not measured: %s", self._title, exc)
+            return None
+
+    def _open(self, variant: Variant, device: Device, threads: int) -> Session:
+        if variant.host_bound and variant.host != self._host:
+            raise StartupError(f"built for hosts of kind {variant.host}, this is one of {self._host}; optimize it here")
+        options = variant.options
+        if device.kind == "cpu" and threads != options.intra_op_threads:
+            options = msgspec.structs.replace(options, intra_op_threads=threads, spinning=False)
+        session = Session(self._artifact.folder / variant.file, device, options)
         if self._manifest is not None and self._golden is not None:
             _require_signature(self._manifest.signature, session.signature, variant.name)
             decibel = require_golden(session, variant, self._golden)
@@ -148,45 +257,3 @@ def _agree(declared: TensorSpec, seen: TensorSpec) -> bool:
         return False
     sizes = zip(declared.protocol_shape, seen.protocol_shape, strict=False)
     return all(size == other or -1 in (size, other) for size, other in sizes)
-
-
-def _observe(session: Session) -> tuple[LatencyTable | None, bool, Tensors | None]:
-    """Warm up a plain model and measure it as far as inputs of ones allow.
-
-    Returns:
-        Its latency table, whether it may be batched, and the inputs that it has run.
-    """
-    signature = session.signature
-    batchable = signature.shares_batch_axis
-    ones = synthetic_inputs(signature, 1)
-    try:
-        session.run(ones)
-    except InferenceFailed as exc:
-        logger.info("not warmed up, inputs of ones do not suit the model: %s", exc)
-        return None, batchable, None
-    if batchable and not _runs_two_rows(session):
-        logger.warning("the model declares a variable batch axis but does not map two rows to two; it is not batched")
-        batchable = False
-    if _has_open_sizes(signature, batchable):
-        return None, batchable, ones
-    try:
-        return measure_latency(session, MEASURED_ROWS if batchable else (1,)), batchable, ones
-    except InferenceFailed as exc:
-        logger.info("not measured: %s", exc)
-        return None, batchable, ones
-
-
-def _has_open_sizes(signature: Signature, batchable: bool) -> bool:
-    """Whether a request can be larger than its rows tell, so that times of inputs of ones promise what none keeps."""
-    return any(
-        spec.datatype == "BYTES" or not all(isinstance(size, int) for size in spec.shape[1 if batchable else 0 :])
-        for spec in signature.inputs
-    )
-
-
-def _runs_two_rows(session: Session) -> bool:
-    try:
-        outputs = session.run(synthetic_inputs(session.signature, 2))
-    except InferenceFailed:
-        return False
-    return all(array.shape[:1] == (2,) for array in outputs.values())

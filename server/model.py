@@ -19,6 +19,7 @@ from server.scheduler import Cores, Scheduler
 from server.serving import How
 from server.session import MEASURED_ROWS, check_text
 from server.settings import Settings
+from server.split import Splits
 from server.tensors import InferRequest, InferResponse, Tensors, TensorSpec
 
 logger = logging.getLogger(__name__)
@@ -58,7 +59,14 @@ class Model:
         self._takes_text = any(spec.datatype == "BYTES" for spec in self.signature.inputs)
 
     @classmethod
-    def load(cls, artifact: Artifact, devices: tuple[Device, ...], settings: Settings, metrics: Metrics) -> "Model":
+    def load(
+        cls,
+        artifact: Artifact,
+        devices: tuple[Device, ...],
+        settings: Settings,
+        metrics: Metrics,
+        splits: Splits | None = None,
+    ) -> "Model":
         """Open every variant that can be served here, check it against the golden outputs, and warm it up.
 
         Blocks; meant for a thread of its own. A variant that fails is left out with a warning and listed in
@@ -69,12 +77,13 @@ class Model:
             devices: The devices that really work, the preferred one first.
             settings: Lanes per CPU, queue limits, default timeout.
             metrics: The process's metrics.
+            splits: How the models of the process split the cores; without, that is not measured.
 
         Raises:
             StartupError: If no variant can be served; the message holds the reason of each. ``ArtifactError`` if
                 there are no golden outputs to check against.
         """
-        lanes = Lanes(artifact, devices, settings.cpu_instances, brownout=settings.brownout)
+        lanes = Lanes(artifact, devices, settings.cpu_instances, brownout=settings.brownout, splits=splits)
         limits = BatchLimits(
             batchable=lanes.batchable,
             max_rows=artifact.manifest.batching.max_rows if artifact.manifest is not None else MEASURED_ROWS[-1],
@@ -196,11 +205,12 @@ class Model:
         """Return ``inputs`` and ``outputs`` as the protocol's model metadata spells them, and what serves them.
 
         ``variants`` are those in service, the preferred one first; ``refused`` maps those that this host does not serve
-        to the reason.
+        to the reason; ``lanes`` counts the instances of each and the threads of one.
         """
         return {
             "variants": list(self.variants),
             "refused": self.refused,
+            "lanes": self._lanes.summary(),
             "inputs": [_metadata_of(spec) for spec in self.signature.inputs],
             "outputs": [_metadata_of(spec) for spec in self.signature.outputs],
         }

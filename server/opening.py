@@ -12,6 +12,7 @@ from server.model import Model
 from server.providers import CPU, Device, usable_cores, usable_devices
 from server.scheduler import Cores
 from server.settings import Settings
+from server.split import Splits
 
 _NAME = re.compile(r"[A-Za-z0-9._-]+")
 
@@ -34,6 +35,8 @@ class Opener:
         self._devices: tuple[Device, ...] = ()
         self.background = Background()
         self.cores = Cores(usable_cores())
+        # A device is busy for the first time when the first request is served, and stays in ``busy`` from then on.
+        self._splits = Splits(lambda: not self.cores.busy)
         self.is_stopping = False
 
     async def find_devices(self) -> None:
@@ -57,7 +60,7 @@ class Opener:
         self._require_not_stopping()
         low_priority = self._has_no_threads(artifact)
         model = await self.background.run(
-            _load, artifact, self._devices, self._settings, self._metrics, low=low_priority
+            _load, artifact, self._devices, self._settings, self._metrics, self._splits, low=low_priority
         )
         if self.is_stopping:
             model.close()
@@ -70,7 +73,9 @@ class Opener:
 
     def _has_no_threads(self, artifact: Artifact) -> bool:
         # Threads of a session's pool, and those of a GPU driver, inherit the priority of the thread that opens it.
-        return self._devices == (CPU,) and all(variant.options.intra_op_threads == 1 for variant in artifact.variants)
+        may_split = not self._settings.cpu_instances and self._splits.may_start_threads(artifact.name)
+        has_one_each = all(variant.options.intra_op_threads == 1 for variant in artifact.variants)
+        return self._devices == (CPU,) and has_one_each and not may_split
 
 
 def _read(folder: Path) -> Artifact:
@@ -79,5 +84,7 @@ def _read(folder: Path) -> Artifact:
     return read_artifact(folder)
 
 
-def _load(artifact: Artifact, devices: tuple[Device, ...], settings: Settings, metrics: Metrics) -> Model:
-    return Model.load(artifact, devices, settings, metrics)
+def _load(
+    artifact: Artifact, devices: tuple[Device, ...], settings: Settings, metrics: Metrics, splits: Splits
+) -> Model:
+    return Model.load(artifact, devices, settings, metrics, splits)

@@ -14,10 +14,13 @@ from typing import Any, Final
 from server import channel
 from server.channel import Channel
 from server.errors import ModelNotReady, QueueFull, Unavailable
+from server.gathering import Gathering
 from server.messages import Buffer, Codec, Codecs, Encoded, Finished, Found, Inferred
 from server.serving import How
 from server.tensors import InferRequest, InferResponse
 
+# Answered requests are counted this much later, all that were answered meanwhile together.
+FINISHED_DELAY_S: Final = 0.05
 # What a request waits for room in the memory that is shared with the engine, before it is refused.
 ROOM_TIMEOUT_S: Final = 0.1
 _RETRY_FULL_S: Final = 1.0
@@ -26,31 +29,64 @@ _GONE: Final = "the engine ended and is being restarted; try again"
 
 
 class RemoteModel:
-    """A model of the engine."""
+    """A model of the engine.
 
-    def __init__(self, engine: "RemoteEngine", found: Found) -> None:
+    Args:
+        engine: The engine.
+        found: What it has said of the model.
+        gathers: Whether small requests may go to the engine together.
+    """
+
+    def __init__(self, engine: "RemoteEngine", found: Found, *, gathers: bool) -> None:
         self.name, self.version, self.signature = found.name, found.version, found.signature
         self.target, self.engine = found.target, engine
+        self._gathering = Gathering(self._ask) if gathers else None
 
     def begin(self, request: InferRequest) -> "asyncio.Future[Inferred] | None":
         """Have the engine run one request; ``None`` if there is no room for it now. See ``RemoteEngine.begin``."""
+        gathered = self._gathering.begin(request) if self._gathering is not None else None
+        return self._begin(request) if gathered is None else gathered
+
+    def _begin(self, request: InferRequest) -> "asyncio.Future[Inferred] | None":
         return self.engine.begin(channel.INFER, self.engine.codecs.infer.encode(request), self.target)
 
-    def finish(self, request: InferRequest, outcome: Inferred) -> tuple[InferResponse, How]:  # noqa: ARG002  (of all)
+    def _ask(self, request: InferRequest) -> "asyncio.Future[Inferred]":
+        begun = self._begin(request)
+        return asyncio.ensure_future(self._call(request)) if begun is None else begun
+
+    async def _call(self, request: InferRequest) -> Inferred:
+        message = self.engine.codecs.infer.encode(request)
+        outcome: Inferred = await self.engine.call(channel.INFER, message, self.target)
+        return outcome
+
+    def finish(self, request: InferRequest, outcome: Inferred) -> tuple[InferResponse, How]:
         """Make the response to a request of what its future gave, and say where the engine had it from."""
-        return outcome.response, outcome.how
+        response = outcome.response
+        if self._gathering is not None:
+            self._gathering.learn(request, outcome)
+        if response.version != self.version:
+            self.engine.moved(self.name, self.version, response.version)
+        return response, outcome.how
+
+    async def ask(self, request: InferRequest) -> tuple[InferResponse, How]:
+        """Have the engine answer one request; see ``RemoteEngine.call`` for what it raises."""
+        return self.finish(request, await self._call(request))
 
     async def infer(self, request: InferRequest) -> InferResponse:
-        """Have the engine run one request; see ``RemoteEngine.call`` for what it raises."""
-        answer: Inferred = await self.engine.call(channel.INFER, self.engine.codecs.infer.encode(request), self.target)
-        return answer.response
+        """Run one request; see ``ask``."""
+        return (await self.ask(request))[0]
 
 
 class RemoteModels:
-    """The models of the engine that were asked for so far."""
+    """The models of the engine that were asked for so far.
 
-    def __init__(self, engine: "RemoteEngine") -> None:
-        self._engine = engine
+    Args:
+        engine: The engine.
+        gathers: Whether small requests may go to it together; not if it keeps answers, which it does by request.
+    """
+
+    def __init__(self, engine: "RemoteEngine", *, gathers: bool = True) -> None:
+        self._engine, self._gathers = engine, gathers
         self._known: dict[tuple[str, str], RemoteModel] = {}
         engine.forget = self._forget
 
@@ -70,7 +106,7 @@ class RemoteModels:
             return
         message = self._engine.codecs.look_up.encode((name, version))
         found: Found = await self._engine.call(channel.LOOK_UP, message)
-        self._known[name, version] = RemoteModel(self._engine, found)
+        self._known[name, version] = RemoteModel(self._engine, found, gathers=self._gathers)
 
     def get(self, name: str, version: str = "") -> RemoteModel:
         """Return a model that was looked up.
@@ -92,9 +128,7 @@ class RemoteCache:
 
     async def infer(self, model: RemoteModel, request: InferRequest) -> tuple[InferResponse, How]:
         """Have the engine answer one request; return where it had the answer from, too."""
-        engine = model.engine
-        answer: Inferred = await engine.call(channel.INFER, engine.codecs.infer.encode(request), model.target)
-        return answer.response, answer.how
+        return await model.ask(request)
 
 
 class RemoteCounters:
@@ -117,6 +151,20 @@ class RemoteCounter:
     def request_finished(self, code: str, seconds: float) -> None:
         """Count one answer: ``ok`` or an error's code, and its time since arrival."""
         self._engine.finished(self._name, self._version, code, seconds)
+
+
+class _Call(asyncio.Future[Any]):
+    """An answer to come; whoever cancels it no longer wants it."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, withdraw: Callable[[], None]) -> None:
+        super().__init__(loop=loop)
+        self._withdraw = withdraw
+
+    def cancel(self, msg: object = None) -> bool:
+        is_cancelled = super().cancel(msg)
+        if is_cancelled:
+            self._withdraw()
+        return is_cancelled
 
 
 class RemoteEngine:
@@ -142,7 +190,8 @@ class RemoteEngine:
         self._calls: dict[int, asyncio.Future[Any]] = {}
         self._last_call = 0
         self._wanting_room: deque[asyncio.Future[None]] = deque()
-        self._finished: list[tuple[str, str, str, float]] = []
+        self._finished: dict[tuple[str, str, str], list[float]] = {}
+        self._moved: dict[tuple[str, str], list[str]] = {}  # name and version -> versions that answered in its place
         self._loop = asyncio.get_running_loop()
         self._gone = asyncio.Event()
         self._answers: dict[int, Codec[Any]] = {
@@ -180,14 +229,8 @@ class RemoteEngine:
         self._last_call = number = self._last_call + 1
         if not opened.post(kind, target, number, message):
             return None
-        self._calls[number] = future = self._loop.create_future()
-        future.add_done_callback(partial(self._end, opened, number))
-        return future
-
-    def _end(self, opened: Channel, number: int, future: "asyncio.Future[Any]") -> None:
-        self._calls.pop(number, None)
-        if future.cancelled():
-            opened.post(channel.CANCEL, 0, number)
+        self._calls[number] = call = _Call(self._loop, partial(self._withdraw, opened, number))
+        return call
 
     async def call(self, kind: int, message: Encoded, target: int = 0) -> Any:
         """Ask the engine; return its decoded answer. Cancelling the call cancels the request in the engine.
@@ -202,26 +245,30 @@ class RemoteEngine:
             QueueFull: If the memory shared with the engine stays full.
             SlipstreamError: Whatever the engine answers with.
         """
-        opened = self._channel
-        if opened is None or self.reason:
-            raise Unavailable(self.reason)
-        self._last_call = number = self._last_call + 1
-        self._calls[number] = future = self._loop.create_future()
-        try:
-            if not opened.post(kind, target, number, message):
-                await self._post_later(opened, kind, target, number, message)
-            return await future
-        except asyncio.CancelledError:
-            opened.post(channel.CANCEL, 0, number)
-            raise
-        finally:
-            self._calls.pop(number, None)
+        begun = self.begin(kind, message, target)
+        return await (begun if begun is not None else await self._begin_later(kind, message, target))
+
+    def moved(self, name: str, version: str, by: str) -> None:
+        """Learn that another version has answered a request to this one; the request is counted for the other."""
+        self._moved.setdefault((name, version), []).append(by)
 
     def finished(self, name: str, version: str, code: str, seconds: float) -> None:
-        """Count an answered request; the engine hears of it with what is sent at the end of this iteration."""
+        """Count an answered request; the engine hears of it ``FINISHED_DELAY_S`` later, if it is there."""
+        if code == "ok" and (moved := self._moved.get((name, version))):
+            version = moved.pop()
         if not self._finished:
-            self._loop.call_soon(self._tell_finished)
-        self._finished.append((name, version, code, seconds))
+            self._loop.call_later(FINISHED_DELAY_S, self.tell_finished)
+        self._finished.setdefault((name, version, code), []).append(seconds)
+
+    def tell_finished(self) -> None:
+        """Tell the engine now what has been answered so far."""
+        if not self._finished or self._channel is None or self.reason:
+            return  # the next engine is told when it says hello
+        requests = [(*key, seconds) for key, seconds in self._finished.items()]
+        if self._channel.post(channel.FINISHED, message=self.codecs.finished.encode(Finished(requests))):
+            self._finished = {}
+        else:
+            self._loop.call_later(FINISHED_DELAY_S, self.tell_finished)
 
     async def wait_for_end(self) -> None:
         """Return when the engine that is connected has ended; at once if there is none."""
@@ -233,19 +280,24 @@ class RemoteEngine:
         if self._channel is not None:
             self._channel.close()
 
-    async def _post_later(self, opened: Channel, kind: int, target: int, number: int, message: Encoded) -> None:
+    async def _begin_later(self, kind: int, message: Encoded, target: int) -> "asyncio.Future[Any]":
         try:
             async with asyncio.timeout(ROOM_TIMEOUT_S):
-                while not opened.post(kind, target, number, message):
+                while (begun := self.begin(kind, message, target)) is None:
                     room = self._loop.create_future()
                     self._wanting_room.append(room)
                     await room
+                return begun
         except TimeoutError:
             raise QueueFull(
-                f"no room for the {message.size_bytes} bytes of the request in the {self._slab_bytes} bytes that are "
-                "shared with the engine: too much is under way; retry later (or set --slab-bytes)",
+                f"no room for the {message.size_bytes} bytes of the request: other requests under way take up the "
+                f"memory that is shared with the engine ({self._slab_bytes} bytes); retry later, or raise --slab-bytes",
                 _RETRY_FULL_S,
             ) from None
+
+    def _withdraw(self, opened: Channel, number: int) -> None:
+        self._calls.pop(number, None)
+        opened.post(channel.CANCEL, 0, number)
 
     def _wake(self) -> None:
         while self._wanting_room:
@@ -253,24 +305,18 @@ class RemoteEngine:
             if not room.done():
                 room.set_result(None)
 
-    def _tell_finished(self) -> None:
-        if self._finished and self._channel is not None and not self.reason:
-            message = self.codecs.finished.encode(Finished(self._finished))
-            if self._channel.post(channel.FINISHED, message=message):
-                self._finished = []
-
     def _receive(self, kind: int, target: int, number: int, message: Buffer, head_bytes: int) -> None:
         if kind == channel.HELLO:
             self.reason = ""
-            self._tell_finished()
+            self.tell_finished()
             self._connected()
             return
         if kind == channel.FORGET:
             if self.forget is not None:
                 self.forget(target)
             return
-        future = self._calls.get(number)
-        if future is None or future.done():
+        future = self._calls.pop(number, None)
+        if future is None:
             return  # cancelled meanwhile
         if kind == channel.FAILURE:
             future.set_exception(self.codecs.failure.decode(message, head_bytes).to_error())
@@ -283,9 +329,9 @@ class RemoteEngine:
 
     def _give_up(self) -> None:
         self._channel, self.reason = None, _GONE
-        for future in self._calls.values():
-            if not future.done():
-                future.set_exception(Unavailable("the engine ended while it had the request; try again"))
+        calls, self._calls = self._calls, {}
+        for call in calls.values():
+            call.set_exception(Unavailable("the engine ended while it had the request; try again"))
         self._wake()
         if self.forget is not None:
             self.forget(None)

@@ -7,6 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -124,11 +125,13 @@ def check_text(inputs: Tensors) -> None:
                 raise SignatureMismatch(f"input '{name}' must hold UTF-8 text: {exc}") from exc
 
 
-def synthetic_inputs(signature: Signature, rows: int) -> dict[str, Array]:
-    """Make inputs of ones that fit: a variable axis 0 has ``rows``, other variable axes have size 1."""
+def synthetic_inputs(signature: Signature, rows: int, open_size: int = 1) -> dict[str, Array]:
+    """Make inputs of ones that fit: a variable axis 0 has ``rows``, other variable axes have size ``open_size``."""
     made: dict[str, Array] = {}
     for spec in signature.inputs:
-        shape = [size if isinstance(size, int) else (1 if axis else rows) for axis, size in enumerate(spec.shape)]
+        shape = [
+            size if isinstance(size, int) else (open_size if axis else rows) for axis, size in enumerate(spec.shape)
+        ]
         made[spec.name] = np.full(shape, b"1" if spec.datatype == "BYTES" else 1, NUMPY_DTYPE[spec.datatype])
     return made
 
@@ -138,8 +141,9 @@ def measure_latency(
     sizes: Sequence[int] = MEASURED_ROWS,
     budget_s: float = 1.0,
     clock: Callable[[], float] = time.perf_counter,
+    inputs: Callable[[int], Tensors] | None = None,
 ) -> LatencyTable:
-    """Measure a short latency table with synthetic inputs.
+    """Measure a short latency table.
 
     Sizes that would not fit into the rest of the budget are left out; the first one is always measured.
 
@@ -148,10 +152,12 @@ def measure_latency(
         sizes: Batch sizes in rows, ascending.
         budget_s: Seconds that all of it may take, roughly.
         clock: Seconds from any origin.
+        inputs: Makes a batch of so many rows; synthetic inputs by default.
 
     Raises:
         InferenceFailed: If a run fails.
     """
+    make = inputs or partial(synthetic_inputs, session.signature)
     end_s = clock() + budget_s
     measured: dict[int, list[float]] = {}
     for size in sizes:
@@ -159,13 +165,13 @@ def measure_latency(
             last, times = next(reversed(measured.items()))
             if clock() + 4 * times[len(times) // 2] * size / last > end_s:
                 break
-        inputs = synthetic_inputs(session.signature, size)
-        session.run(inputs)
+        batch = make(size)
+        session.run(batch)
         until_s = min(clock() + budget_s / len(sizes), end_s)
         times = []
         while not times or (len(times) < _MOST_RUNS and clock() < until_s):
             start_s = clock()
-            session.run(inputs)
+            session.run(batch)
             times.append(clock() - start_s)
         measured[size] = sorted(times)
     return _table(measured)

@@ -22,7 +22,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         slab_bytes: Memory that each front end, and the engine for it, shares for requests under way; with workers.
         gpu: ``prefer`` serves on the GPU where it really works and on the CPU otherwise, and says so; ``require``
             refuses to become ready without it; ``off`` never looks.
-        cpu_instances: Lanes of the preferred CPU variant; 0 means one per usable core.
+        cpu_instances: Lanes of the preferred CPU variant; 0 splits the usable cores as measured, see
+            ``server.split``.
         max_queue_rows: Rows that may wait per model before requests are refused with 429.
         max_queue_delay_s: Seconds that an idle lane may wait for a fuller batch; 0 dispatches at once.
         max_queue_s: Seconds of predicted work that may wait per model before requests are refused with 429; 0 sets no

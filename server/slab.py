@@ -27,11 +27,20 @@ class Allocator:
 
     Args:
         size_bytes: Bytes to hand out; what is left over behind the last multiple of ``MIN_BLOCK_BYTES`` is not used.
+
+    Attributes:
+        high_bytes: End of the highest block that was handed out since the last ``reset``.
     """
 
     def __init__(self, size_bytes: int) -> None:
+        self._size_bytes = size_bytes
         self._order_of: dict[int, int] = {}
-        self._can_merge = False
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin again with low offsets, as at first; only while no block is handed out."""
+        size_bytes = self._size_bytes
+        self.high_bytes, self._can_merge = 0, False
         orders = size_bytes.bit_length()
         self._free: list[list[int]] = [[] for _ in range(orders)]
         offset = 0
@@ -39,6 +48,11 @@ class Allocator:
             if size_bytes >> order & 1:
                 self._free[order].append(offset)
                 offset += 1 << order
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no block is handed out."""
+        return not self._order_of
 
     @property
     def used_bytes(self) -> int:
@@ -57,6 +71,7 @@ class Allocator:
             offset = self._split(order)
         if offset is not None:
             self._order_of[offset] = order
+            self.high_bytes = max(self.high_bytes, offset + (1 << order))
         return offset
 
     def release(self, offset: int) -> None:

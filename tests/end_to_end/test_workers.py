@@ -206,6 +206,66 @@ def test_metrics_count_what_front_ends_answer_and_refuse(repository: Path) -> No
         assert server.metric("slipstream_batch_rows_sum", model="mlp") == 3
 
 
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_cache_counts_what_all_front_ends_ask(slow_repository: Path, workers: str) -> None:
+    def result(kind: str) -> float:
+        return server.metric("slipstream_cache_requests_total", model="slow", result=kind)
+
+    def ask(_: int) -> str:  # each on a connection of its own, with whichever front end takes it
+        answer = httpx.post(f"{server.url}/v2/models/slow/infer", content=SLOW, timeout=TIMEOUT_S)
+        assert answer.status_code == 200, answer.text
+        return answer.headers.get("slipstream-cache", "miss")
+
+    options = ("--workers", workers, "--cache-bytes", "1000000")
+    with Server(slow_repository, *options) as server, ThreadPoolExecutor(16) as pool:
+        assert server.metric("slipstream_cache_bytes") == 0
+        said = [*pool.map(ask, range(16)), *pool.map(ask, range(16))]
+        assert said[16:] == ["hit"] * 16
+        assert {kind: result(kind) for kind in ("miss", "shared", "hit")} == {
+            kind: said.count(kind) for kind in ("miss", "shared", "hit")
+        }
+        assert said.count("miss") == 1, "the front ends share one cache, and runs under way"
+        assert 0 < server.metric("slipstream_cache_bytes") <= 1_000_000
+        assert server.metric("slipstream_batch_rows_sum", model="slow") == 1
+        server.wait_for_metric(32, "slipstream_requests_total", model="slow", code="ok")
+
+
+def test_cache_counts_every_one_of_many_small_requests(repository: Path) -> None:
+    def post(client_number: int) -> None:
+        with httpx.Client(timeout=TIMEOUT_S) as client:
+            for number in range(20):
+                array = np.full((1, 64), client_number * 100 + number % 10, np.float32)
+                body, headers = binary({"x": array})
+                assert client.post(url, content=body, headers=headers).status_code == 200
+
+    with Server(repository, "--workers", "2", "--cache-bytes", "1000000") as server, ThreadPoolExecutor(16) as pool:
+        url = f"{server.url}/v2/models/mlp/infer"
+        list(pool.map(post, range(16)))
+        assert server.metric("slipstream_cache_requests_total", model="mlp", result="miss") == 160
+        assert server.metric("slipstream_cache_requests_total", model="mlp", result="hit") == 160
+
+
+def test_small_requests_of_many_clients_get_their_own_answers(one: Server, many: Server) -> None:
+    arrays = np.random.default_rng(0).standard_normal((32, 1, 64)).astype(np.float32)
+
+    def post(server: Server, array: np.ndarray, times: int) -> list[bytes]:
+        body, headers = binary({"x": array})
+        answers = []
+        with httpx.Client(timeout=TIMEOUT_S) as client:
+            for _ in range(times):
+                answer = client.post(f"{server.url}/v2/models/mlp/infer", content=body, headers=headers)
+                assert answer.status_code == 200, answer.text
+                answers.append(answer.content[int(answer.headers["inference-header-content-length"]) :])
+        return answers
+
+    with ThreadPoolExecutor(len(arrays)) as pool:
+        seen = list(pool.map(lambda array: post(many, array, 20), arrays))
+    for array, answers in zip(arrays, seen, strict=True):
+        expected = np.frombuffer(post(one, array, 1)[0], np.float32)
+        for answer in answers:  # the sum's order may change with the rows of a batch
+            np.testing.assert_allclose(np.frombuffer(answer, np.float32), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_many_clients_get_their_own_answers(many: Server) -> None:
     inputs = [echo_inputs(1 + number % 5, 30) for number in range(200)]
     for number, arrays in enumerate(inputs):
@@ -248,6 +308,7 @@ def test_full_shared_memory_is_refused_and_recovers(tmp_path: Path) -> None:
         assert {answer.status_code for answer in answers} == {200, 429}
         for answer in refused:
             assert answer.json()["code"] == "queue_full"
+            assert "--slab-bytes" in answer.json()["error"]
             assert int(answer.headers["retry-after"]) >= 1
         server.wait_for_metric(len(refused), "slipstream_requests_total", model="slow", code="queue_full")
         assert client.post(url, content=body, headers=headers).status_code == 200

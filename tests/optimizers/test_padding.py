@@ -7,6 +7,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from optimizers.evidence import HeldOut, run_singly
+from optimizers.fidelity import decision_for
 from optimizers.padding import prove_padding
 from server.artifact import Padding, SessionOptions
 from server.providers import CPU
@@ -52,7 +54,12 @@ def masked(count: int = 20, length: int = 7) -> tuple[Tensors, ...]:
 
 
 def prove(session: Session, singles: tuple[Tensors, ...]) -> Padding:
-    return prove_padding(session, session.signature, singles, workers=2)
+    decision = decision_for(run_singly(session, singles))
+    return prove_padding(session, session.signature, held_out(singles, decision), workers=2)
+
+
+def held_out(singles: tuple[Tensors, ...], decision: str) -> HeldOut:
+    return HeldOut(singles, {}, decision)
 
 
 def test_masked_mean_may_be_padded(tmp_path: Path):
@@ -170,7 +177,7 @@ def test_vision_model_has_no_such_axis(tmp_path: Path):
     ],
 )
 def test_axes_that_cannot_be_padded_are_not_even_tried(spec: TensorSpec, reason: str):
-    found = prove_padding(None, Signature((spec,), ()), [{}])  # type: ignore[arg-type]
+    found = prove_padding(None, Signature((spec,), ()), held_out(({},), "close"))  # type: ignore[arg-type]
     assert found == Padding(False, reason)
 
 
@@ -200,18 +207,22 @@ def test_answers_that_padding_changes_are_refused_whatever_they_decide():
             return {"y": np.array([[2.0, 1.0, 0.0]], np.float32) * np.float32(1 + 0.05 * (inputs["x"].shape[1] - 4))}
 
     signature = Signature((TensorSpec("x", "FP32", ("batch", "n")),), (TensorSpec("y", "FP32", ("batch", 3)),))
-    found = prove_padding(Growing(), signature, [{"x": np.ones((1, 4), np.float32)}] * 8)
+    found = prove_padding(Growing(), signature, held_out(({"x": np.ones((1, 4), np.float32)},) * 8, "top1"))
     assert not found.paddable
     assert "from length 4 to 5, change the answers: SQNR 26.0 dB < 40 dB on 8 samples" in found.reason
 
 
-def test_decisions_that_padding_tips_over_are_refused_however_small_the_difference():
+@pytest.mark.parametrize("decision", ["top1", "top1 of y", "close"])
+def test_decisions_that_padding_tips_over_are_refused_however_small_the_difference(decision: str):
     class Tipping:
         def run(self, inputs: Tensors) -> dict[str, Array]:
             longer = inputs["x"].shape[1] > 4
             return {"y": np.array([[1.0, 0.9995 + (0.001 if longer else 0), -1.0]], np.float32)}
 
     signature = Signature((TensorSpec("x", "FP32", ("batch", "n")),), (TensorSpec("y", "FP32", ("batch", 3)),))
-    found = prove_padding(Tipping(), signature, [{"x": np.ones((1, 4), np.float32)}] * 8)
+    found = prove_padding(Tipping(), signature, held_out(({"x": np.ones((1, 4), np.float32)},) * 8, decision))
+    if decision == "close":  # nobody reads a class from these outputs
+        assert found.paddable
+        return
     assert not found.paddable
     assert found.reason.endswith("from length 4 to 5, change 100.0% of the decisions on 8 samples")

@@ -17,8 +17,8 @@ from optimizers.pareto import Policy
 from optimizers.racing import Track
 from optimizers.search import Gate, Knobs
 from optimizers.store import Store
-from optimizers.trial import UNTOUCHED, Outcome, Trial, TrialPlan, alternatives, headline
-from server.artifact import SessionOptions, digest_of
+from optimizers.trial import UNTOUCHED, Outcome, Trial, TrialPlan, headline
+from server.artifact import digest_of
 from server.errors import StartupError
 from server.providers import CPU
 from server.session import Session
@@ -138,14 +138,27 @@ def test_other_settings_are_tried_and_the_choice_is_served(field: Field):
     assert [record.variant for record in outcome.served] == ["original", served.name]
 
 
-def test_build_for_this_cpu_keeps_its_graph_level(mlp: Path):
-    form = replace(form_of(mlp), options=SessionOptions(graph_level="disable"))
-    bound = Built("host", "fp32", "cpu", exact=True, form=form, host_bound=True)
-    assert {knobs.graph_level for knobs in alternatives(bound, 2)} == {"disable"}
-    assert alternatives(replace(bound, provider="cuda"), 2) == []
-    assert Knobs(graph_level="basic") in alternatives(fused(mlp), 1)
-    assert Knobs(2, spinning=True) in alternatives(fused(mlp), 2)
-    assert Knobs(2, spinning=True) not in alternatives(fused(mlp), 2, may_spin=False)
+def test_settings_without_memory_are_not_tried_and_the_report_says_so(field: Field, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("optimizers.tuning.open_alternatives.__defaults__", (lambda: 1,))
+    (choice,) = field.run(fused(field.model), plan=replace(PLAN, cores=2)).knobs
+    assert choice.knobs == Knobs()
+    assert "nothing else was measured; not tried, another session does not fit into the free memory: " in choice.reason
+    assert "1 thread, graph level basic" in choice.reason
+
+
+def test_who_is_not_served_leaves_before_other_settings_are_opened(field: Field, monkeypatch: pytest.MonkeyPatch):
+    entered: list[set[str]] = []
+    enter = field.track.enter
+
+    def watched(built: Built, knobs: Knobs | None = None) -> str:
+        if knobs is not None:
+            entered.append(set(field.track._sessions))
+        return enter(built, knobs)
+
+    monkeypatch.setattr(field.track, "enter", watched)
+    outcome = field.run(fused(field.model), lossy(field.model))
+    assert [choice.name for choice in outcome.chosen] == ["fp32"]
+    assert entered[0] == {"original", "fp32"}
 
 
 def test_headline_names_the_variant_and_the_baseline(field: Field):

@@ -138,6 +138,41 @@ async def test_full_slab_has_no_room_until_the_reader_lets_go(ends: Ends) -> Non
     await front.until(lambda: front.rooms >= posted)
 
 
+async def test_pages_of_a_burst_go_back_to_the_system(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    front, engine = ends
+    monkeypatch.setattr(channel, "KEPT_BYTES", 64 * 1024)
+    for number in range(4):
+        front.post(7, 5000)
+        await engine.until(lambda: bool(engine.messages))
+        if number < 3:
+            held = engine.take()
+            del held
+            await front.until(lambda: front.channel.used_bytes == 0)
+    slab = front.channel._slab
+    assert slab is not None
+    engine.messages.clear()
+    await front.until(lambda: front.channel.used_bytes == 0)
+    assert any(slab[: 32 * 1024]), "what is little stays"
+    for number in range(4):
+        assert front.post(1 + number, 5000)
+    await engine.until(lambda: len(engine.messages) == 4)
+    assert any(slab[64 * 1024 :])
+    requests = [engine.take() for _ in range(4)]
+    assert [each.inputs["x"][-1] for each in requests] == [1, 2, 3, 4]
+    kept = requests.pop(0)
+    requests.clear()
+    await front.until(lambda: front.rooms >= 7)
+    assert any(slab[64 * 1024 :]), "one is still read"
+    assert kept.inputs["x"][-1] == 1
+    del kept
+    await front.until(lambda: front.channel.used_bytes == 0)
+    assert not any(slab[64 * 1024 :])
+    assert any(slab[: 64 * 1024])
+    assert front.post(9, 5000)
+    await engine.until(lambda: bool(engine.messages))
+    assert engine.take().inputs["x"].tolist() == [9] * 5000
+
+
 async def test_memory_of_its_own_is_bounded_by_the_slab(ends: Ends) -> None:
     front, engine = ends
     floats = SLAB // 4 * 3 // 4

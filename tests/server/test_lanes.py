@@ -9,9 +9,11 @@ from onnx import TensorProto, helper
 
 from server import artifact, session
 from server.artifact import LatencyTable, SessionOptions, read_artifact
-from server.errors import ArtifactError, StartupError
+from server.errors import ArtifactError, InferenceFailed, StartupError
+from server.host import read_host
 from server.lanes import Lanes
 from server.providers import CPU, Device, open_ort_session
+from server.split import Finding, Split, Splits, Trial
 from server.tensors import TensorSpec
 from tests import models
 from tests.artifacts import edit_manifest, signature_of, write_artifact, write_plain
@@ -21,7 +23,7 @@ CUDA, TENSORRT = Device("cuda"), Device("tensorrt")
 
 @pytest.fixture
 def no_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.lanes.measure_latency", lambda session, sizes: None)
+    monkeypatch.setattr("server.lanes.measure_latency", lambda session, sizes, budget_s, inputs: None)
 
 
 @pytest.fixture
@@ -43,7 +45,7 @@ def test_first_cpu_variant_gets_lanes_that_share_a_session(tmp_path: Path, mlp: 
     assert [spec.threads for spec in lanes.specs] == [1] * 4
 
 
-@pytest.mark.parametrize(("threads", "count", "cores"), [(1, 4, 1), (2, 2, 2), (3, 1, 3), (8, 1, 8), (0, 1, 4)])
+@pytest.mark.parametrize(("threads", "count", "cores"), [(1, 4, 1), (2, 2, 2), (3, 1, 3), (8, 1, 4), (0, 1, 4)])
 def test_lanes_by_default_fill_the_cores(tmp_path: Path, mlp: Path, monkeypatch, threads, count, cores):
     monkeypatch.setattr("server.lanes.usable_cores", lambda: 4)
     folder = write_artifact(tmp_path, "mlp", "1", {"fp32": mlp}, options=SessionOptions(intra_op_threads=threads))
@@ -261,3 +263,176 @@ def test_closed_lanes_run_nothing(tmp_path: Path, mlp: Path):
     for spec in lanes.specs:
         with pytest.raises(Exception, match="is closed"):
             spec.runner.run({})
+
+
+TABLE = LatencyTable((1,), (1.0,), (1.0,), (1.0,), (1.0,))
+
+
+class Measured:
+    """Stands in for the comparison of splits on a machine of four cores."""
+
+    def __init__(self) -> None:
+        self.split, self.failure = Split(2, 2), ""
+        self.error: Exception | None = None
+        self.subjects: list[str] = []
+
+    def __call__(self, bench, cores: int) -> Finding:
+        assert cores == 4
+        self.subjects.append(str(bench._subject.session._path))
+        bench.alone((Split(2, 2), Split(1, 4)))
+        if self.error is not None:
+            raise self.error
+        return Finding((Trial(self.split, TABLE, 100.0),), self.failure)
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> Measured:
+    made = Measured()
+    monkeypatch.setattr("server.lanes.compare", made)
+    monkeypatch.setattr("server.lanes.usable_cores", lambda: 4)
+    monkeypatch.setattr("server.lanes.INLINE_LANE_S", 0.0)
+    return made
+
+
+@pytest.fixture
+def cnn(tmp_path: Path) -> Path:
+    return models.save_cnn(tmp_path / "cnn.onnx")
+
+
+def shape(lanes: Lanes) -> list[tuple[str, int, int]]:
+    return [(group["variant"], group["instances"], group["threads"]) for group in lanes.summary()]
+
+
+def threads_of_open_sessions(lanes: Lanes) -> list[int]:
+    opened = [found._session for found in lanes._sessions if found._session is not None]
+    return [found.get_session_options().intra_op_num_threads for found in opened]
+
+
+def quiet() -> Splits:
+    return Splits(lambda: True)
+
+
+def test_plain_model_splits_the_cores_as_measured(tmp_path: Path, cnn: Path, measured: Measured, caplog):
+    caplog.set_level(logging.INFO)
+    splits = quiet()
+    lanes = Lanes(read_artifact(write_plain(tmp_path, "cnn", "1", cnn)), (CPU,), 0, splits=splits)
+    assert shape(lanes) == [("unoptimized", 2, 2)]
+    assert threads_of_open_sessions(lanes) == [2, 2]
+    assert {spec.runner for spec in lanes.specs} == {found for found in lanes._sessions if found._session is not None}
+    assert lanes.specs[0].latency.rows == (1, 2, 4, 8, 16, 32)  # of the sessions that serve
+    assert splits.known("cnn") == Split(2, 2)
+    assert "cnn/1: the cores are split as measured best, 2 x 2 threads (2 x 2 threads: 100 rows/s, 1 ms" in caplog.text
+
+
+def test_lanes_of_one_thread_still_share_a_session_when_measured(tmp_path: Path, cnn: Path, measured: Measured):
+    measured.split = Split(4, 1)
+    lanes = Lanes(read_artifact(write_plain(tmp_path, "cnn", "1", cnn)), (CPU,), 0, splits=quiet())
+    assert shape(lanes) == [("unoptimized", 4, 1)]
+    assert len({id(spec.runner) for spec in lanes.specs}) == 1
+    assert lanes.specs[0].runner.run(lanes.specs[0].probe)
+
+
+@pytest.mark.parametrize("error", [None, InferenceFailed("a run failed"), StartupError("does not open")])
+def test_split_that_cannot_be_measured_is_one_lane_for_each_core(
+    tmp_path: Path, cnn: Path, measured: Measured, caplog, error: Exception | None
+):
+    caplog.set_level(logging.INFO)
+    measured.failure, measured.error = "something else runs on them", error
+    splits = quiet()
+    lanes = Lanes(read_artifact(write_plain(tmp_path, "cnn", "1", cnn)), (CPU,), 0, splits=splits)
+    assert shape(lanes) == [("unoptimized", 4, 1)]
+    assert threads_of_open_sessions(lanes) == [1]
+    assert lanes.specs[0].runner.run(lanes.specs[0].probe)
+    assert splits.known("cnn") is None
+    assert str(error or measured.failure) in caplog.text
+
+
+def test_cores_are_not_taken_from_requests_that_are_served(tmp_path: Path, cnn: Path, measured: Measured, caplog):
+    caplog.set_level(logging.INFO)
+    splits = Splits(lambda: False)
+    folder = write_plain(tmp_path, "cnn", "1", cnn)
+    assert shape(Lanes(read_artifact(folder), (CPU,), 0, splits=splits)) == [("unoptimized", 4, 1)]
+    assert "cnn/1: requests are served, so the split of the cores is not measured: as many lanes as fit" in caplog.text
+    splits.remember("cnn", Split(1, 4))
+    assert shape(Lanes(read_artifact(folder), (CPU,), 0, splits=splits)) == [("unoptimized", 1, 4)]
+    assert "not measured: as for the version before" in caplog.text
+    assert measured.subjects == []
+
+
+def test_number_of_instances_that_was_set_is_not_measured(tmp_path: Path, cnn: Path, measured: Measured):
+    splits = quiet()
+    splits.remember("cnn", Split(1, 4))
+    lanes = Lanes(read_artifact(write_plain(tmp_path, "cnn", "1", cnn)), (CPU,), 3, splits=splits)
+    assert shape(lanes) == [("unoptimized", 3, 1)]
+    assert measured.subjects == []
+
+
+def test_models_that_run_on_the_event_loop_are_not_measured(tmp_path: Path, mlp: Path, measured: Measured, monkeypatch):
+    monkeypatch.setattr("server.lanes.INLINE_LANE_S", 10.0)
+    lanes = Lanes(read_artifact(write_plain(tmp_path, "mlp", "1", mlp)), (CPU,), 0, splits=quiet())
+    assert shape(lanes) == [("unoptimized", 4, 1)]
+    assert measured.subjects == []
+
+
+def test_single_core_has_nothing_to_split(tmp_path: Path, cnn: Path, measured: Measured, monkeypatch):
+    monkeypatch.setattr("server.lanes.usable_cores", lambda: 1)
+    lanes = Lanes(read_artifact(write_plain(tmp_path, "cnn", "1", cnn)), (CPU,), 0, splits=quiet())
+    assert shape(lanes) == [("unoptimized", 1, 1)]
+    assert measured.subjects == []
+
+
+def artifact_of(tmp_path: Path, mlp: Path, host: str, threads: int = 1) -> Path:
+    """Write variants fp32, int8 (for large batches) and fp16, measured on a host with these threads."""
+    table = LatencyTable((1, 2), (5e3, 9e3), (5e3, 9e3), (5e3, 9e3), (5e3, 9e3))
+    folder = write_artifact(
+        tmp_path,
+        "mlp",
+        "1",
+        {"fp32": mlp, "int8": mlp, "fp16": mlp},
+        latency=dict.fromkeys(("fp32", "int8", "fp16"), table),
+        options=SessionOptions(intra_op_threads=threads, spinning=threads > 1),
+        host=host,
+    )
+    give_large_batches(folder, "int8")
+    return folder
+
+
+@pytest.mark.parametrize(("threads", "instances"), [(1, 4), (4, 1)])
+def test_artifact_of_this_host_is_served_as_its_manifest_says(
+    tmp_path: Path, mlp: Path, measured: Measured, threads: int, instances: int
+):
+    folder = artifact_of(tmp_path, mlp, read_host().fingerprint, threads)
+    splits = quiet()
+    splits.remember("mlp", Split(2, 2))
+    lanes = Lanes(read_artifact(folder), (CPU,), 0, splits=splits)
+    assert shape(lanes) == [("fp32", instances, threads), ("int8", instances, threads), ("fp16", 1, threads)]
+    assert {spec.latency.p50_ms for spec in lanes.specs} == {(5e3, 9e3)}
+    assert measured.subjects == []
+
+
+def test_artifact_of_another_host_is_measured_here(tmp_path: Path, mlp: Path, measured: Measured):
+    lanes = Lanes(read_artifact(artifact_of(tmp_path, mlp, "another")), (CPU,), 0, splits=quiet())
+    assert shape(lanes) == [("fp32", 2, 2), ("int8", 2, 2), ("fp16", 1, 1)]
+    assert [Path(subject).parent.name for subject in measured.subjects] == ["fp32"]
+    assert all(spec.latency.p50_ms[0] < 1e3 for spec in lanes.specs)
+    assert all(spec.latency.rows == (1, 2, 4, 8, 16, 32) for spec in lanes.specs)
+
+
+def test_artifact_of_another_host_keeps_its_threads_when_they_cannot_be_measured(
+    tmp_path: Path, mlp: Path, measured: Measured
+):
+    measured.failure = "something else runs on them"
+    lanes = Lanes(read_artifact(artifact_of(tmp_path, mlp, "another", threads=2)), (CPU,), 0, splits=quiet())
+    assert shape(lanes) == [("fp32", 2, 2), ("int8", 2, 2), ("fp16", 1, 2)]
+    assert threads_of_open_sessions(lanes) == [2] * 5
+    assert all(spec.runner.run(spec.probe)["y"].shape == (1, 10) for spec in lanes.specs)
+
+
+def test_split_is_really_measured_and_serves(tmp_path: Path, cnn: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("server.lanes.usable_cores", lambda: 2)
+    monkeypatch.setattr("server.lanes.INLINE_LANE_S", 0.0)
+    lanes = Lanes(read_artifact(write_plain(tmp_path, "cnn", "1", cnn)), (CPU,), 0, splits=quiet())
+    assert shape(lanes) in ([("unoptimized", 2, 1)], [("unoptimized", 1, 2)])
+    answers = [spec.runner.run(spec.probe)["logits"] for spec in lanes.specs]
+    assert all(np.allclose(answer, answers[0], rtol=1e-4, atol=1e-5) for answer in answers)
+    lanes.close()

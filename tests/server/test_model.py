@@ -68,6 +68,10 @@ async def test_facts(folder: Path, start, metrics: Metrics):
     assert model.metadata() == {
         "variants": ["int8", "fp32"],
         "refused": {},
+        "lanes": [
+            {"variant": "int8", "device": "cpu", "instances": 1, "threads": 1},
+            {"variant": "fp32", "device": "cpu", "instances": 1, "threads": 1},
+        ],
         "inputs": [{"name": "x", "datatype": "FP32", "shape": [-1, 64]}],
         "outputs": [{"name": "y", "datatype": "FP32", "shape": [-1, 10]}],
     }

@@ -10,6 +10,7 @@ import pytest
 
 from server import channel, remote
 from server.app import create_app
+from server.cache import ResponseCache
 from server.channel import channel_pair
 from server.engine import Engine
 from server.errors import InferenceFailed, ModelNotReady, QueueFull, SlipstreamError, Unavailable, UnknownModel
@@ -195,8 +196,69 @@ async def test_cancelled_request_is_cancelled_in_the_engine(joined: Joined) -> N
     model.requests.clear()
     await until(lambda: ended == ["cancelled"])
     await until(lambda: joined.remote._channel is not None and joined.remote._channel.used_bytes == 0)
-    assert joined.connection.tasks == {}
+    assert joined.connection.under_way == {}
     assert joined.remote._calls == {}
+
+
+@pytest.mark.parametrize("cached", [False, True])
+async def test_request_cancelled_at_once_leaves_nothing_behind(joined: Joined, cached: bool) -> None:
+    joined.answer(Forgetful().infer)
+    if cached:
+        joined.app.cache = ResponseCache(1000, 0.0, joined.metrics)
+    begun = (await joined.model()).begin(request())
+    assert begun is not None
+    begun.cancel()  # the engine reads it and its end in one packet
+    assert (await joined.get("/v2")).status == 200
+    await until(lambda: joined.connection.under_way == {})
+    assert joined.remote._calls == {}
+
+
+async def test_requests_that_come_together_reach_the_engine_as_one(joined: Joined) -> None:
+    async def batched(asked: InferRequest) -> InferResponse:
+        return msgspec.structs.replace(await double(asked), batch_rows=32, compute_s=0.0)
+
+    model = joined.answer(batched)
+    theirs = await joined.model()
+    await theirs.infer(request())
+    asked = [InferRequest({"x": np.full((1, 4), value, np.float32)}, id=str(value)) for value in range(5)]
+    begun = [theirs.begin(each) for each in asked]
+    outcomes = await asyncio.gather(*(future for future in begun if future is not None))
+    responses = [theirs.finish(each, outcome)[0] for each, outcome in zip(asked, outcomes, strict=True)]
+    assert [(r.id, r.outputs["y"].tolist()) for r in responses] == [(str(v), [[2.0 * v] * 4]) for v in range(5)]
+    assert [len(seen.inputs["x"]) for seen in model.requests] == [1, 5]
+
+
+async def test_what_is_gathered_waits_for_room_like_any_other(joined: Joined) -> None:
+    async def batched(asked: InferRequest) -> InferResponse:
+        return msgspec.structs.replace(await double(asked), batch_rows=32, compute_s=0.0)
+
+    model = joined.answer(batched)
+    theirs = await joined.model()
+    await theirs.infer(request())
+    opened = joined.remote._channel
+    assert opened is not None
+    filling = opened._allocator.allocate(SLAB)
+    assert filling is not None
+    begun = [theirs.begin(request(200)) for _ in range(4)]  # 12,800 bytes together
+    await asyncio.sleep(0)
+    opened._take_back(channel._SLAB, filling)
+    responses = await asyncio.gather(*(future for future in begun if future is not None))
+    assert [len(answer.response.outputs["y"]) for answer in responses] == [200] * 4
+    assert [len(seen.inputs["x"]) for seen in model.requests] == [1, 800]
+
+
+async def test_engine_with_a_cache_gets_every_request_alone(joined: Joined) -> None:
+    async def batched(asked: InferRequest) -> InferResponse:
+        return msgspec.structs.replace(await double(asked), batch_rows=32, compute_s=0.0)
+
+    model = joined.answer(batched)
+    models = RemoteModels(joined.remote, gathers=False)
+    await models.look_up("m", "")
+    theirs = models.get("m")
+    await theirs.infer(request())
+    begun = [theirs.begin(request()) for _ in range(3)]
+    await asyncio.gather(*(future for future in begun if future is not None))
+    assert [len(seen.inputs["x"]) for seen in model.requests] == [1] * 4
 
 
 async def test_memory_is_given_back_after_errors_too(joined: Joined) -> None:
@@ -304,6 +366,38 @@ async def test_finished_requests_are_counted_in_the_engine(joined: Joined) -> No
     await until(lambda: b'code="malformed_request",model="m",version="2"} 1.0' in joined.metrics.text())
     assert b'slipstream_requests_total{code="ok",model="m",version="2"} 2.0' in joined.metrics.text()
     assert b'slipstream_request_seconds_sum{model="m",version="2"} 1.5' in joined.metrics.text()
+
+
+async def test_finished_requests_wait_for_room_to_be_counted(joined: Joined, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "FINISHED_DELAY_S", 0)
+    opened = joined.remote._channel
+    assert opened is not None
+    full = [True]
+    post = opened.post
+    monkeypatch.setattr(opened, "post", lambda *args, **options: not full[0] and post(*args, **options))
+    RemoteCounters(joined.remote).of_model("m", "2").request_finished("ok", 0.5)
+    await asyncio.sleep(0.001)
+    full[0] = False
+    await until(lambda: b'slipstream_requests_total{code="ok",model="m",version="2"} 1.0' in joined.metrics.text())
+
+
+async def test_request_that_another_version_answers_is_counted_for_it(joined: Joined) -> None:
+    theirs = await joined.model()
+    counter = RemoteCounters(joined.remote).of_model("m", "2")
+    joined.repository.models["2"] = FakeModel("3", lambda asked: answered_by("3", asked))
+    response = await theirs.infer(request())
+    assert (theirs.version, response.version) == ("2", "3")
+    counter.request_finished("malformed_request", 0.5)  # no version has answered that
+    counter.request_finished("ok", 0.5)
+    counter.request_finished("ok", 0.5)
+    joined.remote.tell_finished()
+    await until(lambda: b'code="ok",model="m",version="3"} 1.0' in joined.metrics.text())
+    assert b'code="ok",model="m",version="2"} 1.0' in joined.metrics.text()
+    assert b'code="malformed_request",model="m",version="2"} 1.0' in joined.metrics.text()
+
+
+async def answered_by(version: str, asked: InferRequest) -> InferResponse:
+    return msgspec.structs.replace(await double(asked), version=version)
 
 
 async def test_what_finished_without_an_engine_is_counted_by_the_next_one(joined: Joined) -> None:

@@ -65,6 +65,22 @@ def test_block_larger_than_the_range_is_refused() -> None:
     assert allocator.allocate(4 * KIB) == 0
 
 
+def test_reset_forgets_the_high_mark_and_begins_low() -> None:
+    allocator = Allocator(64 * KIB)
+    blocks = [allocator.allocate(KIB) for _ in range(10)]
+    assert allocator.high_bytes == 10 * KIB
+    assert not allocator.is_empty
+    for offset in blocks:
+        assert offset is not None
+        allocator.release(offset)
+    assert allocator.is_empty
+    assert allocator.high_bytes == 10 * KIB
+    allocator.reset()
+    assert allocator.high_bytes == 0
+    assert [allocator.allocate(KIB) for _ in range(64)] == [KIB * number for number in range(64)]
+    assert allocator.allocate(1) is None
+
+
 def test_block_released_twice_is_an_error() -> None:
     allocator = Allocator(4 * KIB)
     offset = allocator.allocate(1)

@@ -1,0 +1,128 @@
+import os
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from server import opening
+from server.artifact import LatencyTable
+from server.metrics import Metrics
+from server.model import Model
+from server.opening import Opener
+from server.settings import Settings
+from server.split import Finding, Split, Trial
+from server.tensors import InferRequest
+from tests import models
+from tests.artifacts import write_plain
+
+TABLE = LatencyTable((1,), (1.0,), (1.0,), (1.0,), (1.0,))
+
+
+@pytest.fixture
+def comparisons(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Let every comparison of splits find two threads best; returns the cores of each that was made."""
+    made: list[int] = []
+
+    def compare(bench: object, cores: int) -> Finding:
+        made.append(cores)
+        return Finding((Trial(Split(1, 2), TABLE, 1.0),))
+
+    monkeypatch.setattr("server.lanes.compare", compare)
+    monkeypatch.setattr("server.lanes.usable_cores", lambda: 2)
+    monkeypatch.setattr("server.lanes.INLINE_LANE_S", 0.0)
+    return made
+
+
+@pytest.fixture
+async def make(monkeypatch: pytest.MonkeyPatch):
+    """Make an opener; it and the models that it opened are closed after the test."""
+    made: list[Opener] = []
+    loaded: list[Model] = []
+    load = Model.load
+
+    def recorded(*args: object) -> Model:
+        loaded.append(load(*args))
+        return loaded[-1]
+
+    monkeypatch.setattr(Model, "load", recorded)
+
+    async def opener(**settings: object) -> Opener:
+        made.append(Opener(Settings(gpu="off", **settings), Metrics()))
+        await made[-1].find_devices()
+        return made[-1]
+
+    yield opener
+    for model in loaded:
+        model.close()
+    for each in made:
+        each.background.close()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "models"
+
+
+def add(folder: Path, version: str) -> Path:
+    return write_plain(folder, "cnn", version, models.save_cnn(folder.parent / f"{version}.onnx"))
+
+
+def lanes(model: Model) -> list[tuple[int, int]]:
+    return [(group["instances"], group["threads"]) for group in model.metadata()["lanes"]]
+
+
+async def ask(model: Model) -> None:
+    response = await model.infer(InferRequest({"image": np.zeros((1, 3, 16, 16), np.float32)}))
+    assert response.outputs["logits"].shape == (1, 10)
+
+
+async def open_and_start(opener: Opener, folder: Path) -> Model:
+    model = await opener.open(folder)
+    model.start(opener.cores)
+    return model
+
+
+def threads_of_the_process() -> set[int]:
+    return {int(entry.name) for entry in Path("/proc/self/task").iterdir()}
+
+
+async def test_split_is_measured_until_a_request_is_served(folder: Path, make, comparisons: list[int]):
+    opener = await make()
+    first = await open_and_start(opener, add(folder, "1"))
+    assert (lanes(first), comparisons) == ([(1, 2)], [2])
+    await open_and_start(opener, add(folder, "2"))
+    assert comparisons == [2, 2]
+    await ask(first)
+    third = await opener.open(add(folder, "3"))
+    assert (lanes(third), comparisons) == ([(1, 2)], [2, 2])
+    other = await opener.open(write_plain(folder, "other", "1", models.save_cnn(folder.parent / "other.onnx")))
+    assert (lanes(other), comparisons) == ([(2, 1)], [2, 2])
+
+
+async def test_number_of_instances_that_was_set_is_opened_unmeasured(
+    folder: Path, make, comparisons: list[int], monkeypatch: pytest.MonkeyPatch
+):
+    names = []
+    load = opening._load
+    monkeypatch.setattr(opening, "_load", lambda *args: (names.append(threading.current_thread().name), load(*args))[1])
+    opener = await make(cpu_instances=3)
+    model = await opener.open(add(folder, "1"))
+    assert (lanes(model), comparisons) == ([(3, 1)], [])
+    assert names == ["background_0"]  # the one of low priority: no session gets threads of its own
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have priorities of their own on Linux only")
+@pytest.mark.parametrize("version", ["1", "2"])
+async def test_threads_of_a_measured_split_have_normal_priority(folder: Path, make, comparisons, version: str):
+    opener = await make()
+    for number in range(1, int(version) + 1):
+        before = threads_of_the_process()
+        model = await open_and_start(opener, add(folder, str(number)))
+        new = threads_of_the_process() - before
+        await ask(model)
+    background = {thread.native_id for thread in threading.enumerate() if thread.name.startswith("background_")}
+    assert len(new - background) >= 2  # the lane's, and the session's own beside it
+    mine = os.getpriority(os.PRIO_PROCESS, 0)
+    assert {os.getpriority(os.PRIO_PROCESS, thread) for thread in new - background} == {mine}

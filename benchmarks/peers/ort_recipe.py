@@ -6,7 +6,7 @@ activations and INT8 weights for convolutions; 7-bit weights where the CPU lacks
 Source: onnxruntime documentation, *Quantize ONNX models*: *Pre-processing*, *Method selection*, *Data type selection*.
 """
 
-import os
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +52,12 @@ def quantized(request: dict[str, Any]) -> dict[str, Any]:
 
 def _prepare(model: Path, prepared: Path) -> str:
     """Infer shapes and optimize; without symbolic shapes where these cannot be inferred, as the documentation says."""
-    os.chdir(prepared.parent)  # a child process of its own; the symbolic inference drops files where it fails
-    try:
-        quant_pre_process(model, prepared)
-    except Exception as exc:  # noqa: BLE001  (it raises plain Exception)
-        quant_pre_process(model, prepared, skip_symbolic_shape=True)
-        return f"pre-processed without symbolic shapes ({type(exc).__name__}: {str(exc)[:80]})"
+    with contextlib.chdir(prepared.parent):  # the symbolic inference drops files where it fails
+        try:
+            quant_pre_process(model, prepared)
+        except Exception as exc:  # noqa: BLE001  (it raises plain Exception)
+            quant_pre_process(model, prepared, skip_symbolic_shape=True)
+            return f"pre-processed without symbolic shapes ({type(exc).__name__}: {str(exc)[:80]})"
     return ""
 
 

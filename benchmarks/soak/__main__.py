@@ -31,6 +31,7 @@ from benchmarks.soak.trend import LEAST_BLOCKS, Trend, trend_of
 from benchmarks.soak.verdict import State, always_held, growth, leaks, summary
 from server.providers import usable_cores
 
+ROOT = Path(__file__).resolve().parents[2]
 IDLE_S = 2.0
 WARM_UP_SHARE = 0.1
 # The warm-up begins with large requests only, so that allocators see the most of them at a time that there can be: the
@@ -143,7 +144,7 @@ def _said(server: Observed, cache_bytes: int) -> list[str]:
 def _run(load: SoakLoad) -> Iterator[int | SoakOutcome]:
     """Run the load generator in its own process; yield how many requests are done, and at last its outcome."""
     command = [sys.executable, "-m", "benchmarks.soak.load"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT) as process:
         if process.stdin is None or process.stdout is None:
             raise ServerFailed("the load generator has no pipes")
         try:

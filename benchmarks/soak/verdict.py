@@ -20,7 +20,13 @@ COUNTED_TYPES = ("builtins.coroutine", "builtins.async_generator", "builtins.fra
 # The answers that a cache keeps are as many as fit into it.
 KEPT_BY_CACHE = "server.tensors.InferResponse"
 # A front end makes these for each model that it is asked for, which may be after the warm-up: at most so many.
-PER_MODEL = tuple(f"server.{name}" for name in ("remote.RemoteCounter", "remote.RemoteModel", "tensors.TensorSpec"))
+PER_MODEL = (
+    "server.gathering.Gathering",
+    "server.remote.RemoteCounter",
+    "server.remote.RemoteModel",
+    "server.tensors.Signature",
+    "server.tensors.TensorSpec",
+)
 MOST_PER_MODEL = 6
 
 # What tables with bounds may take up anew: 10,000 names of clients of the model that gets nearly everything, two blocks

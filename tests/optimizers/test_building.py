@@ -72,7 +72,7 @@ class Unburden(msgspec.Struct, frozen=True):
 
 
 class Light(msgspec.Struct, frozen=True):
-    """Stands for a quantizer: no burden, and weights rounded to steps; finer ones if ``Refine`` ran before."""
+    """Stands for a quantizer: no burden or a doubled one, and weights in steps; finer if ``Refine`` ran before."""
 
     steps: int = 512
     burdened: bool = False
@@ -82,7 +82,9 @@ class Light(msgspec.Struct, frozen=True):
         return PassSpec("light", 1, "lossy", produces="int8")
 
     def run(self, model: onnx.ModelProto, context: PassContext) -> PassResult:
-        twin = copy_of(model) if self.burdened else unburdened(model)
+        twin = unburdened(model)
+        if self.burdened:
+            twin = Burden(200).run(twin, context).model
         steps = self.steps * (64 if model.producer_name == "refine" else 1)
         for tensor in twin.graph.initializer:
             rounded = np.round(numpy_helper.to_array(tensor) * steps) / steps

@@ -30,7 +30,8 @@ from server.tensors import Array, Tensors
 from server.waiting import Pending, RequestQueue
 
 _RETRY_UNKNOWN_S = 1.0
-_TRIAL_EACH = 32
+_LOOK_EACH = 32
+_LEAST_TRIAL_GAP, _MOST_TRIAL_GAP = 32, 1024
 
 
 class Runner(Protocol):
@@ -91,6 +92,8 @@ class LaneState(msgspec.Struct, eq=False):
         pinned: Whether that batch was pinned to the variant.
         busy_until_s: When that batch is predicted to end; meaningless where nothing is predicted.
         batches: That have started.
+        trial_at: Number of batches after which the next one tries twice the rows.
+        trial_gap: Batches from the last trial to the next.
     """
 
     variant: str
@@ -106,19 +109,28 @@ class LaneState(msgspec.Struct, eq=False):
     pinned: bool = False
     busy_until_s: float = 0.0
     batches: int = 0
+    trial_at: int = _LEAST_TRIAL_GAP
+    trial_gap: int = _LEAST_TRIAL_GAP
 
     @property
     def next_rows(self) -> int:
-        """Rows of the next batch; in every 32nd twice as many, or a table that is wrong would never be found out."""
-        is_trial = self.batches % _TRIAL_EACH == _TRIAL_EACH - 1
-        return min(2 * self.max_rows, self.limit_rows) if is_trial else self.max_rows
+        """Rows of the next batch; now and then twice as many, or a table that is wrong would never be found out."""
+        return min(2 * self.max_rows, self.limit_rows) if self.batches >= self.trial_at else self.max_rows
 
     def start(self, rows: int, pinned: bool, now: float) -> None:
-        """Note that a batch starts."""
+        """Note that a batch starts.
+
+        A trial makes everybody in it wait twice as long: while trials change nothing, each gap is twice the last one.
+        """
         self.busy, self.pinned = True, pinned
+        if self.batches >= self.trial_at and rows > self.max_rows:
+            self.trial_gap = min(2 * self.trial_gap, _MOST_TRIAL_GAP)
+            self.trial_at = self.batches + self.trial_gap
         self.batches += 1
-        if self.batches % _TRIAL_EACH == 0:
-            self.max_rows = self.times.best_rows(self.limit_rows)
+        if self.batches % _LOOK_EACH == 0 and (best := self.times.best_rows(self.limit_rows)) != self.max_rows:
+            self.max_rows = best
+            self.trial_gap = _LEAST_TRIAL_GAP
+            self.trial_at = self.batches + self.trial_gap
         self.busy_until_s = now + self.times.run_s(rows)
 
     def free_at(self, now: float) -> float:

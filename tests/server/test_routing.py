@@ -1,5 +1,7 @@
 """Routing policy: which lane takes what, and what admission predicts."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -327,17 +329,34 @@ def test_a_much_slower_lane_takes_the_end_of_a_long_queue_only():
     assert may_take(slow, route, queues(any=[(8, 0.0)] * 5)[""], 0.0, 2), "the fast lane would need 60 ms"
 
 
-def test_every_32nd_batch_tries_twice_the_rows_within_the_limit() -> None:
+def trials(lane: LaneState, batches: int, waiting: int = 64) -> list[int]:
+    """Start so many batches out of a long queue; return the numbers of those that tried more rows."""
+    found = []
+    for number in range(lane.batches, lane.batches + batches):
+        rows = min(lane.next_rows, waiting)
+        if rows > lane.max_rows:
+            found.append(number)
+        lane.start(rows, False, 0.0)
+    return found
+
+
+def test_trials_of_twice_the_rows_grow_rare_while_they_change_nothing() -> None:
     lane = LaneState("fp32", "cpu", Estimate(table(1.0, 1.5, 4.0, rows=(1, 2, 4))), 1, 2, 8)
-    sizes = []
-    for _ in range(64):
-        sizes.append(lane.next_rows)
-        lane.start(1, False, 0.0)
-    assert [number for number, size in enumerate(sizes) if size == 4] == [31, 63]
-    assert set(sizes) == {2, 4}
-    lane.max_rows = 8
-    lane.batches = 31
-    assert lane.next_rows == 8
+    assert trials(lane, 600) == [32, 96, 224, 480]
+    assert [b - a for a, b in pairwise(trials(lane, 5000))][-1] == 1024
+    for _ in range(60):
+        lane.times.observe(2, 0.0015)
+        lane.times.observe(4, 0.0015)
+    trials(lane, 200)
+    assert lane.max_rows == 4
+    assert lane.trial_gap <= 128, "what was found out may go on"
+
+
+def test_trial_waits_for_a_long_queue_and_keeps_to_the_limit() -> None:
+    lane = LaneState("fp32", "cpu", Estimate(table(1.0, 1.5, 4.0, rows=(1, 2, 4))), 1, 2, 3)
+    assert trials(lane, 100, waiting=2) == []
+    assert lane.next_rows == 3
+    assert trials(lane, 2) == [100]
 
 
 def test_size_of_batches_follows_what_is_seen() -> None:

@@ -18,6 +18,7 @@ from benchmarks.cpu import tree_cpu_s
 from benchmarks.generator import header_of
 
 _END_OF_HEAD = b"\r\n\r\n"
+_LEAST_CONNECTIONS, _MOST_CONNECTIONS = 64, 4096
 
 
 class OpenLoad(msgspec.Struct, frozen=True):
@@ -46,6 +47,11 @@ class OpenLoad(msgspec.Struct, frozen=True):
     burst: int = 1
     seed: int = 0
     drain_s: float = 60.0
+
+
+def connections_for(rate: float, patience_s: float) -> int:
+    """Return so many connections that no request of this rate waits for one before it is late by twice its patience."""
+    return min(max(_LEAST_CONNECTIONS, round(2 * rate * patience_s)), _MOST_CONNECTIONS)
 
 
 class OpenOutcome(msgspec.Struct, frozen=True):

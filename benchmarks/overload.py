@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.__main__ import WORKLOADS, open_workloads
-from benchmarks.open_loop import OpenLoad, OpenOutcome
+from benchmarks.open_loop import OpenLoad, OpenOutcome, connections_for
 from benchmarks.servers import HOST, RunningServer, offer, offer_open, slipstream
 from benchmarks.summary import percentile
 from benchmarks.workloads import Workload, binary_request, with_header
@@ -27,6 +27,8 @@ COLUMNS = (
     "generator late ms",
 )
 _LEAST_GOODPUT = 0.9
+_CALM_S = 0.5
+"""How late answers may be while the latency at half of the peak is measured."""
 
 
 def main() -> int:
@@ -38,7 +40,6 @@ def main() -> int:
         "--deadline-ms", type=float, help="(default: 8 times the latency at half of the peak, at least 50)"
     )
     parser.add_argument("--burst", type=int, default=1, help="requests per arrival (default: %(default)s)")
-    parser.add_argument("--connections", type=int, default=256, help="(default: %(default)s)")
     arguments = parser.parse_args()
     kept = True
     with tempfile.TemporaryDirectory() as scratch:
@@ -53,13 +54,14 @@ def sweep(workload: Workload, server: RunningServer, arguments: argparse.Namespa
     requests = [binary_request(workload, row) for row in workload.rows]
     seconds, burst = arguments.seconds, arguments.burst
 
-    def offer_rate(rate: float, what: list[bytes], lasting_s: float, at_once: int) -> OpenOutcome:
-        load = OpenLoad(HOST, server.port, server.pid, rate, lasting_s, arguments.connections, what, at_once)
+    def offer_rate(rate: float, what: list[bytes], lasting_s: float, at_once: int, patience_s: float) -> OpenOutcome:
+        connections = connections_for(rate, patience_s)
+        load = OpenLoad(HOST, server.port, server.pid, rate, lasting_s, connections, what, at_once)
         return offer_open(server, load)
 
     closed = offer(server, requests, 16, max(3.0, seconds / 2), 1.0)
     peak = len(closed.latencies_ms) / closed.seconds
-    calm = offer_rate(peak / 2, requests, seconds / 2, 1)
+    calm = offer_rate(peak / 2, requests, seconds / 2, 1, _CALM_S)
     deadline_ms = arguments.deadline_ms or max(50.0, 8 * percentile(calm.ok_ms, 0.5))
     due = [with_header(request, f"slipstream-timeout-ms: {deadline_ms:g}") for request in requests]
     print(f"\n## {workload.name}: peak {peak:.0f} requests/s in a closed loop of 16, deadline {deadline_ms:.0f} ms\n")
@@ -67,7 +69,7 @@ def sweep(workload: Workload, server: RunningServer, arguments: argparse.Namespa
     print(f"|{' --- |' * len(COLUMNS)}")
     goodputs = {}
     for share in SHARES:
-        outcome = offer_rate(peak * share, due, seconds, burst)
+        outcome = offer_rate(peak * share, due, seconds, burst, deadline_ms / 1e3)
         in_time = [ms for ms in outcome.ok_ms if ms <= deadline_ms]
         goodputs[share] = len(in_time) / outcome.seconds
         refused = ", ".join(f"{code} {n}" for code, n in sorted(outcome.answered.items()) if code != "ok") or "none"

@@ -79,11 +79,7 @@ def offer(server: RunningServer, requests: list[bytes], connections: int, second
         ServerFailed: If the server closed a connection, answered nothing, or the generator failed otherwise.
     """
     load = Load(HOST, server.port, server.pid, connections, seconds, warm_up_s, requests)
-    command = [sys.executable, "-m", "benchmarks.generator"]
-    outcome = subprocess.run(command, input=msgspec.json.encode(load), capture_output=True, check=False)
-    if outcome.returncode != 0:
-        raise ServerFailed(f"the load generator failed: {outcome.stderr.decode().strip().splitlines()[-1]}")
-    decoded = msgspec.json.decode(outcome.stdout, type=Outcome)
+    decoded = msgspec.json.decode(_generated("benchmarks.generator", msgspec.json.encode(load)), type=Outcome)
     if not decoded.latencies_ms:
         raise ServerFailed(f"no request was answered in {seconds:g} s")
     return decoded
@@ -100,13 +96,19 @@ def offer_open(server: RunningServer, load: OpenLoad) -> OpenOutcome:
         ServerFailed: If the generator failed.
     """
     aimed = msgspec.structs.replace(load, host=HOST, port=server.port, server_pid=server.pid)
-    command = [sys.executable, "-m", "benchmarks.open_loop"]
-    done = subprocess.run(command, input=msgspec.json.encode(aimed), capture_output=True, check=False)
-    try:
-        return msgspec.json.decode(done.stdout, type=OpenOutcome)
-    except msgspec.DecodeError as exc:
-        said = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
-        raise ServerFailed(f"the load generator ended with {done.returncode}: {' '.join(said)}") from exc
+    return msgspec.json.decode(_generated("benchmarks.open_loop", msgspec.json.encode(aimed)), type=OpenOutcome)
+
+
+def _generated(module: str, load: bytes) -> bytes:
+    """Run a load generator; return what it writes. Into a file: megabytes through a pipe came back cut short."""
+    with tempfile.TemporaryFile() as written:
+        command = [sys.executable, "-m", module]
+        done = subprocess.run(command, input=load, stdout=written, stderr=subprocess.PIPE, check=False)
+        if done.returncode != 0:
+            said = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
+            raise ServerFailed(f"the load generator ended with {done.returncode}: {' '.join(said)}")
+        written.seek(0)
+        return written.read()
 
 
 def ask(port: int, request: bytes, timeout_s: float = 10.0) -> SeenAnswer | None:

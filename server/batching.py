@@ -131,6 +131,8 @@ class _Forming(Generic[AnswerT]):
     def __init__(self, now: float, max_rows: int, times: Times, waiting: Sequence[Pending[AnswerT]]) -> None:
         self._now, self._max_rows, self._times, self._waiting = now, max_rows, times, waiting
         self._due_s = math.inf  # the earliest deadline in the batch
+        # Later deadlines can be kept in any batch, and need no prediction each.
+        self._safe_s = now + 2 * times.safe_s(max_rows)
         self._longest = self._positions = 0
         self.batch: list[Pending[AnswerT]] = []
         self.rows = self.met_rows = 0
@@ -140,7 +142,7 @@ class _Forming(Generic[AnswerT]):
     def meet(self, candidates: Iterable[Pending[AnswerT]]) -> None:
         """Take candidates in their order until the batch is full."""
         for pending in candidates:
-            if pending.future.done() or (pending.deadline_s is not None and self._is_lost(pending, pending.deadline_s)):
+            if pending.future.done() or self._is_lost(pending):
                 self.met.append(pending)
                 self.met_rows += pending.rows
                 if not pending.future.done():
@@ -170,7 +172,10 @@ class _Forming(Generic[AnswerT]):
             self._longest = max(self._longest, pending.length)
             self._positions += pending.rows * pending.length
 
-    def _is_lost(self, pending: Pending[AnswerT], deadline_s: float) -> bool:
+    def _is_lost(self, pending: Pending[AnswerT]) -> bool:
+        deadline_s = pending.deadline_s
+        if deadline_s is None or (deadline_s > self._safe_s and pending.rows <= self._max_rows):
+            return False
         return self._now + self._times.run_s(pending.rows) >= deadline_s
 
     def _wastes(self, pending: Pending[AnswerT]) -> bool:
@@ -180,7 +185,7 @@ class _Forming(Generic[AnswerT]):
 
     def _is_late_with(self, pending: Pending[AnswerT]) -> bool:
         due_s = self._due_s if pending.deadline_s is None else min(self._due_s, pending.deadline_s)
-        return due_s < math.inf and self._now + self._times.safe_s(self.rows + pending.rows) > due_s
+        return due_s <= self._safe_s and self._now + self._times.safe_s(self.rows + pending.rows) > due_s
 
     def _sacrifice(self) -> bool:
         """Drop what would be late in a full batch, if keeping it halves the rows per second; return whether it did."""

@@ -275,8 +275,6 @@ def refusal(
     if pending.deadline_s is None:
         return None
     backlog_rows = sum(queues[pin].rows_before(pending.rank_s) for pin in route.rivals if queues[pin].rows)
-    if _latest_s(route.preferred[0], backlog_rows + pending.rows, now) <= pending.deadline_s:
-        return None  # nearly always, and a tenth of the work of a prediction
     done_s = predict_completion(route, backlog_rows, pending.rows, now, cores)
     if done_s is None or done_s <= pending.deadline_s:
         return None
@@ -287,8 +285,11 @@ def refusal(
     )
 
 
-def _latest_s(lane: LaneState, rows: int, now: float) -> float:
-    """Return when one lane alone would have run so many rows, and a batch more, if each took what 99 of 100 keep."""
+def latest_s(lane: LaneState, rows: int, now: float) -> float:
+    """Return when one lane alone would have run so many rows, and a batch more, if each took what 99 of 100 keep.
+
+    An upper bound of every prediction for a route that prefers this lane; infinite without one.
+    """
     if not lane.times.known:
         return math.inf
     return lane.free_at(now) + (rows // lane.max_rows + 2) * lane.times.safe_s(lane.max_rows)

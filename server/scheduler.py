@@ -135,7 +135,11 @@ class Scheduler:
             raise self._recovery.error()
         now = self._clock()
         pending = self._admission.pending(request, route, now)
-        if pending.deadline_s is not None or self._rows + pending.rows > self._most_rows:
+        rows, deadline_s = self._rows + pending.rows, pending.deadline_s
+        if rows > self._most_rows or (
+            # Nearly always it can be kept, and this costs a tenth of a prediction.
+            deadline_s is not None and routing.latest_s(route.preferred[0], rows, now) > deadline_s
+        ):
             self._admit(pending, now)
         most = self._part_rows[request.variant]
         if pending.rows <= most:
@@ -145,8 +149,8 @@ class Scheduler:
                 queue.append(part)
         self._rows += pending.rows
         self._dispatch_soon()
-        if pending.deadline_s is not None:
-            self._expiry.set(pending.deadline_s, now)
+        if deadline_s is not None:
+            self._expiry.set(deadline_s, now)
         return pending.future
 
     def _admit(self, pending: Pending[Future], now: float) -> None:
@@ -173,29 +177,35 @@ class Scheduler:
             self._loop.call_soon(self._dispatch)
 
     def _dispatch(self) -> None:
-        """Give every idle lane that may take work its next batch; then run at most one batch on the loop itself."""
+        """Give every idle lane that may take work its next batch; run those of tiny models here, for about 1 ms."""
         self._dispatch_due = False
-        inline: Run | None = None
         if self._rows:
-            now = self._clock()
-            for worker in self._workers:
-                state = worker.state
-                if state.busy or not state.up or (worker.inline and inline is not None):
-                    continue
-                run = worker.run = self._next_run(worker, now)
-                if run is None:
-                    continue
-                if worker.inline and state.busy_until_s - now < INLINE_BATCH_S:
-                    inline = run
-                else:
-                    worker.post(run)
+            begun_s = now = self._clock()
+            while (inline := self._start_batches(now)) is not None:
+                inline.worker.execute(inline)
+                self._settle_run(inline)
+                now = self._clock()
+                if now - begun_s > INLINE_BATCH_S:
+                    self._dispatch_soon()
+                    break
         self._room.set_waits(self._rows > 0)
-        if inline is not None:
-            inline.worker.execute(inline)
-            self._settle_run(inline)
-            if self._rows:
-                self._dispatch_soon()
         self._settle()
+
+    def _start_batches(self, now: float) -> Run | None:
+        """Hand lanes their next batches; return the first one that is to run on the loop, if any."""
+        inline: Run | None = None
+        for worker in self._workers:
+            state = worker.state
+            if state.busy or not state.up or (worker.inline and inline is not None):
+                continue
+            run = worker.run = self._next_run(worker, now)
+            if run is None:
+                continue
+            if worker.inline and state.busy_until_s - now < INLINE_BATCH_S:
+                inline = run
+            else:
+                worker.post(run)
+        return inline
 
     def _next_run(self, worker: Worker, now: float) -> Run | None:
         """Take an idle lane's next batch out of the queues; ``None`` when there is nothing for it."""

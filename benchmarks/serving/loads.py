@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 import msgspec
 
 from benchmarks.cpu import idle_cpu_s, tree_memory
-from benchmarks.open_loop import OpenLoad
+from benchmarks.open_loop import OpenLoad, connections_for
 from benchmarks.servers import HOST, RunningServer, ServerFailed, ask, offer, offer_open
 from benchmarks.serving.dialects import Dialect, with_deadline
 from benchmarks.serving.material import Material
@@ -20,7 +20,6 @@ POISSON_SHARES = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0)
 BURST, BURST_SHARES = 8, (0.5, 1.5)
 IDLE_S = 1.0
 RECOVERY_S = 10.0
-_LEAST_CONNECTIONS, _MOST_CONNECTIONS = 64, 2048
 MOST_RATE = 25_000.0
 """Beyond this the generator itself takes what is left of two cores."""
 
@@ -112,9 +111,8 @@ def open_loops(
 
 
 def open_load(rate: Rate, requests: list[bytes], seconds: float) -> OpenLoad:
-    """Return the load of a rate: enough connections that a request late by twice the SLO has not waited for one."""
-    needed = round(2 * rate.rate * rate.slo_ms / 1e3)
-    connections = min(max(_LEAST_CONNECTIONS, needed), _MOST_CONNECTIONS)
+    """Return the load of a rate."""
+    connections = connections_for(rate.rate, rate.slo_ms / 1e3)
     drain_s = 2 * rate.slo_ms / 1e3
     return OpenLoad(HOST, 0, 0, rate.rate, seconds, connections, requests, rate.burst, drain_s=drain_s)
 

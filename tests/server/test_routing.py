@@ -380,4 +380,4 @@ def test_what_one_lane_alone_would_do_in_time_is_never_refused_nor_underestimate
     route = routes_of(states)[""]
     done_s = predict_completion(route, backlog, rows, 0.0, lanes)
     assert done_s is not None
-    assert routing._latest_s(states[0], backlog + rows, 0.0) >= done_s - 1e-9
+    assert routing.latest_s(states[0], backlog + rows, 0.0) >= done_s - 1e-9

@@ -94,7 +94,7 @@ def test_model_that_was_not_optimized_cannot_be_served_so(material: Material) ->
 def test_connections_do_not_limit_what_can_be_late() -> None:
     assert open_load(rate("s", 1, 0.0), [b""], 1.0).connections == 64
     assert open_load(rate("s", 10, 0.0), [b""], 1.0).connections == 500  # 1,000/s, each late by 2 x 250 ms
-    assert open_load(rate("s", 1000, 0.0), [b""], 1.0).connections == 2048
+    assert open_load(rate("s", 1000, 0.0), [b""], 1.0).connections == 4096
 
 
 class Sweep:

@@ -299,7 +299,8 @@ def predict_completion(route: Route, backlog_rows: int, rows: int, now: float, c
     """Predict when a request would be answered that arrives now behind a backlog.
 
     The backlog is dealt to the route's lanes batch by batch, each to the lane that would finish it first (list
-    scheduling), in batches as large as each lane takes.
+    scheduling), in batches as large as each lane takes. Where it fills a batch of every lane, others will come to fill
+    the request's own batch: without time for that, batches would be small just when there is most to do.
 
     Args:
         route: The route of the request.
@@ -314,11 +315,22 @@ def predict_completion(route: Route, backlog_rows: int, rows: int, now: float, c
     lanes = _parallel(route, backlog_rows + rows, cores)
     if not lanes:
         return None
-    return _completion_s(lanes, backlog_rows, rows, now)
+    fills = rows > 0 and backlog_rows >= sum(lane.max_rows for lane in lanes)
+    return _completion_s(lanes, backlog_rows, rows, now, fills=fills)
 
 
-def _completion_s(lanes: Sequence[LaneState], backlog_rows: int, rows: int, now: float) -> float:
-    """Deal a backlog, and then some rows more, to lanes; return when those are done."""
+def _completion_s(
+    lanes: Sequence[LaneState], backlog_rows: int, rows: int, now: float, *, fills: bool = False
+) -> float:
+    """Deal a backlog, and then some rows more, to lanes; return when those are done.
+
+    Args:
+        lanes: That work on it.
+        backlog_rows: Rows of the backlog.
+        rows: Rows behind it.
+        now: The time.
+        fills: Whether later requests will fill the last batch.
+    """
     skipped_s, left = _skip_waves(lanes, backlog_rows)
     free_s = [lane.free_at(now) + skipped_s for lane in lanes]
     while True:
@@ -326,7 +338,7 @@ def _completion_s(lanes: Sequence[LaneState], backlog_rows: int, rows: int, now:
         ends = [at + lane.times.run_s(size) for at, lane, size in zip(free_s, lanes, sizes, strict=True)]
         first = ends.index(min(ends))
         if sizes[first] == left + rows:  # its own batch, whose time must be one that 99 of 100 runs keep
-            return free_s[first] + lanes[first].times.safe_s(sizes[first])
+            return free_s[first] + lanes[first].times.safe_s(max(sizes[first], lanes[first].max_rows if fills else 0))
         free_s[first] = ends[first]
         left -= sizes[first]
 

@@ -204,6 +204,14 @@ def test_a_running_batch_counts():
     assert predict_completion(routes_of([only])[""], 0, 1, 0.004, 2) == pytest.approx(0.020)
 
 
+def test_behind_a_full_batch_others_are_expected_to_fill_the_next_one():
+    only = state_of(LaneSpec("v", "cpu", NoRunner(), table(10.0, 40.0), 1), LIMITS, 2)
+    route = routes_of([only])[""]
+    assert predict_completion(route, 0, 1, 0.0, 2) == pytest.approx(0.010)
+    assert predict_completion(route, 8, 1, 0.0, 2) == pytest.approx(0.080), "not 0.050"
+    assert predict_completion(route, 8, 0, 0.0, 2) == pytest.approx(0.040), "nobody's own batch"
+
+
 def test_a_slower_lane_shortens_the_prediction_only_for_what_it_would_take():
     fast, slow = lane("fp16", "cuda:0", 10.0), lane("int8", "cpu", 25.0)
     route = routes_of([fast, slow])[""]

@@ -41,6 +41,7 @@ from optimizers.roots import roots_for
 from optimizers.search import Gate
 from optimizers.store import Store, sweep
 from optimizers.trial import Outcome, Trial, TrialPlan, served_name
+from optimizers.tuning import MEMORY_SHARE
 from server.artifact import Artifact, read_artifact
 from server.errors import ArtifactError
 from server.host import HostFacts, available_memory_bytes, read_host
@@ -56,7 +57,6 @@ _CACHE = ".cache"
 _WORK = ".optimize-"
 _HOST_BUILD = "fp32-host"
 _ENGINES = (FUSED, "fp16")
-_MEMORY_SHARE = 0.8
 _RACE_SHARE, _MOST_RACE_S = 0.15, 60.0
 _WRITING_S = 2.0
 _BASELINES = 2  # sessions of the original that are raced beside the exact forms
@@ -208,7 +208,7 @@ class _Run:
     def _workshop(self, parts: Parts, answered: Original) -> Workshop:
         singles = answered.held_out.singles[:_PROBE_SAMPLES]
         probe = Probe(singles, {name: array[: len(singles)] for name, array in answered.held_out.reference.items()})
-        limit = int(available_memory_bytes() * _MEMORY_SHARE)
+        limit = int(available_memory_bytes() * MEMORY_SHARE)
         return Workshop(
             self.store,
             self.tools.nursery,

@@ -14,7 +14,8 @@ from server.providers import CPU
 LEAST_SPINNING_MS = 0.1
 """Waking a thread costs a share of longer runs; runs as short as this are over before another thread helps."""
 
-_MEMORY_SHARE = 0.8  # of the free memory
+MEMORY_SHARE = 0.8
+"""Of the free memory: what a run may take."""
 
 
 class Tried(msgspec.Struct, frozen=True):
@@ -69,7 +70,7 @@ def open_alternatives(
     left_out: list[Knobs] = []
     for knobs in settings:
         free = free_bytes()
-        if free and (session_bytes or 0) > _MEMORY_SHARE * free:
+        if free and (session_bytes or 0) > MEMORY_SHARE * free:
             left_out.append(knobs)
             continue
         try:

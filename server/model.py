@@ -98,7 +98,10 @@ class Model:
             "loaded %s/%s: lanes %s, batching %s%s",
             artifact.name,
             artifact.version,
-            ", ".join(f"{lane.variant} on {lane.device}" for lane in lanes.specs),
+            ", ".join(
+                f"{lane['variant']} on {lane['device']}: {lane['instances']} x {lane['threads']} threads"
+                for lane in lanes.summary()
+            ),
             f"up to {limits.max_rows} rows" if limits.batchable else "off",
             ", unoptimized" if artifact.manifest is None else "",
         )

@@ -14,6 +14,7 @@ marked *unoptimized*. Times are milliseconds in the file (``_ms``) and seconds i
 """
 
 import hashlib
+import math
 import zipfile
 import zlib
 from bisect import bisect_left
@@ -96,6 +97,18 @@ class LatencyTable(msgspec.Struct, frozen=True):
         rates = [rows / max(ms, 1e-9) for rows, ms in zip(self.rows, self.p50_ms, strict=True)]
         enough = (1 - tolerance) * max(rates)
         return next(rows for rows, rate in zip(self.rows, rates, strict=True) if rate >= enough)
+
+    def paying_rows(self, gain: float = 0.03) -> int:
+        """Return the smallest measured batch size beyond which none gains more than ``gain`` rows/s per doubling.
+
+        Each doubling makes everybody in the batch, and whoever comes while it runs, wait twice as long.
+        """
+        speeds = [(rows, rows / max(ms, 1e-9)) for rows, ms in zip(self.rows, self.p50_ms, strict=True)]
+        return next(
+            rows
+            for index, (rows, speed) in enumerate(speeds)
+            if all(faster <= speed * (1 + gain) ** math.log2(more / rows) for more, faster in speeds[index + 1 :])
+        )
 
 
 class Slice(msgspec.Struct, frozen=True):

@@ -2,7 +2,7 @@
 
 Clocks change, neighbours come, inputs get longer: a table alone grows wrong. Each batch corrects it: an exponentially
 weighted mean of the ratio of seen to measured time per size of batch (the expectation), and the 99th percentile of the
-last ratios to that expectation (what a deadline may count on). A lane without a table learns one.
+last ratios to that expectation (what a deadline may count on). Lanes without a table learn one, size by size.
 """
 
 from collections import deque
@@ -25,10 +25,13 @@ _MOST_RATIO = 20.0
 
 
 class Estimate:
-    """Predicts the run times of one lane.
+    """Predicts the run times of a lane, or of several that are alike.
 
     Args:
         table: Measured on this host; ``None`` learns from what is observed.
+
+    Attributes:
+        learned: Batches that changed the table itself.
     """
 
     def __init__(self, table: LatencyTable | None) -> None:
@@ -38,7 +41,7 @@ class Estimate:
         self._factors: list[float | None] = []
         self._ratios: deque[float] = deque(maxlen=_WINDOW)
         self._spread = 1.0 if table is None else _spread_of(table)
-        self._seen = 0
+        self._seen = self.learned = 0
         self._learning: dict[int, tuple[float, float]] = {}
         self._expected_s: dict[int, float] = {}  # by rows, since the last observation: many requests ask between two
 
@@ -48,12 +51,12 @@ class Estimate:
         return self._table is not None
 
     def best_rows(self, most: int) -> int:
-        """Return the batch size of the table, at most ``most``, from which on throughput grows no more."""
+        """Return the batch size of the table, at most ``most``, beyond which a larger one pays no more."""
         if self._table is None:
             return most
         factors = [self._factor(rows) for rows in self._table.rows]
         seen_ms = tuple(ms * factor for ms, factor in zip(self._table.p50_ms, factors, strict=True))
-        return min(msgspec.structs.replace(self._table, p50_ms=seen_ms).best_rows(), most)
+        return min(msgspec.structs.replace(self._table, p50_ms=seen_ms).paying_rows(), most)
 
     def run_s(self, rows: int) -> float:
         """Expect a run time in seconds; 0 while nothing is known."""
@@ -70,7 +73,7 @@ class Estimate:
 
     def observe(self, rows: int, seconds: float) -> float | None:
         """Learn from a finished run; return the ratio of what it took to what was expected, if anything was."""
-        if self._table is None:
+        if self._table is None or (self._learning and rows.bit_length() not in self._learning):
             self._learn(rows, seconds)
             return None
         expected_s = self.run_s(rows)
@@ -98,14 +101,17 @@ class Estimate:
         self._overall += _WEIGHT * (seen - self._overall)
 
     def _learn(self, rows: int, seconds: float) -> None:
-        """Keep the mean of each size; with enough batches they become the table."""
-        mean_rows, mean_s = self._learning.get(rows.bit_length(), (float(rows), seconds))
-        self._learning[rows.bit_length()] = (
-            mean_rows + 0.5 * (rows - mean_rows),
-            mean_s + 0.5 * (seconds - mean_s),
-        )
-        self._seen += 1
-        if self._seen >= _LEARNED:
+        """Keep the mean of each size; with enough batches they become the table, and each new size enters it."""
+        size = rows.bit_length()
+        for known, (mean_rows, mean_s) in self._learning.items():  # as they were corrected since
+            self._learning[known] = (mean_rows, mean_s * self._factor(round(mean_rows)))
+        mean_rows, mean_s = self._learning.get(size, (float(rows), seconds))
+        self._learning[size] = (mean_rows + 0.5 * (rows - mean_rows), mean_s + 0.5 * (seconds - mean_s))
+        self._factors.clear()
+        self._expected_s.clear()
+        self._overall = 1.0
+        self.learned += 1
+        if self.learned >= _LEARNED:
             sizes = sorted((max(1, round(r)), s * 1e3) for r, s in self._learning.values())
             columns = tuple(ms for _, ms in sizes)
             self._table = LatencyTable(tuple(r for r, _ in sizes), columns, columns, columns, columns)

@@ -94,6 +94,7 @@ class LaneState(msgspec.Struct, eq=False):
         batches: That have started.
         trial_at: Number of batches after which the next one tries twice the rows.
         trial_gap: Batches from the last trial to the next.
+        learned: What ``times`` had learned when ``max_rows`` was chosen.
     """
 
     variant: str
@@ -111,6 +112,7 @@ class LaneState(msgspec.Struct, eq=False):
     batches: int = 0
     trial_at: int = _LEAST_TRIAL_GAP
     trial_gap: int = _LEAST_TRIAL_GAP
+    learned: int = 0
 
     @property
     def next_rows(self) -> int:
@@ -127,11 +129,16 @@ class LaneState(msgspec.Struct, eq=False):
             self.trial_gap = min(2 * self.trial_gap, _MOST_TRIAL_GAP)
             self.trial_at = self.batches + self.trial_gap
         self.batches += 1
-        if self.batches % _LOOK_EACH == 0 and (best := self.times.best_rows(self.limit_rows)) != self.max_rows:
+        if self.batches % _LOOK_EACH == 0 or self.learned != self.times.learned:
+            self._look()
+        self.busy_until_s = now + self.times.run_s(rows)
+
+    def _look(self) -> None:
+        self.learned = self.times.learned
+        if (best := self.times.best_rows(self.limit_rows)) != self.max_rows:
             self.max_rows = best
             self.trial_gap = _LEAST_TRIAL_GAP
             self.trial_at = self.batches + self.trial_gap
-        self.busy_until_s = now + self.times.run_s(rows)
 
     def free_at(self, now: float) -> float:
         """Predict when the lane is idle. An overdue batch is expected to be late by as much again."""
@@ -156,9 +163,16 @@ class Route(msgspec.Struct, frozen=True, eq=False):
     rivals: tuple[str, ...]
 
 
-def state_of(spec: LaneSpec, limits: BatchLimits, cores: int) -> LaneState:
-    """Return the state of an idle lane; its batches reach its measured best size within the model's limit."""
-    times = Estimate(spec.latency)
+def state_of(spec: LaneSpec, limits: BatchLimits, cores: int, times: Estimate | None = None) -> LaneState:
+    """Return the state of an idle lane; its batches reach its measured best size within the model's limit.
+
+    Args:
+        spec: The lane.
+        limits: The model's.
+        cores: Of the process.
+        times: Of a lane like it, which learns with it; ``None`` for one that learns alone.
+    """
+    times = times or Estimate(spec.latency)
     limit_rows = limits.max_rows if limits.batchable else 1
     max_rows, threads = times.best_rows(limit_rows), spec.threads or cores
     return LaneState(spec.variant, spec.device, times, threads, max_rows, limit_rows, spec.from_rows, spec.agreement)

@@ -15,6 +15,7 @@ from server import batching, routing
 from server.admission import Admission
 from server.batching import BatchLimits
 from server.errors import Draining, InferenceFailed, SlipstreamError, UnknownVariant
+from server.estimate import Estimate
 from server.metrics import ModelMetrics
 from server.outcome import Completion, Future, drained, expired, fail
 from server.ragged import Ragged
@@ -66,7 +67,8 @@ class Scheduler:
         self._ragged = Ragged(limits.padding)
         self._admission = Admission(limits, self._ragged, self._loop.create_future)
         self._cores, self._room = cores, cores.join(self._dispatch)
-        self._workers = [self._worker(spec, cores.count) for spec in lanes]
+        alike = {(spec.variant, spec.device, spec.threads): Estimate(spec.latency) for spec in reversed(lanes)}
+        self._workers = [self._worker(spec, alike[spec.variant, spec.device, spec.threads]) for spec in lanes]
         self._recovery = Recovery(self._workers, metrics, clock, self._lanes_changed)
         self._queues: dict[str, RequestQueue[Future]] = {
             pin: RequestQueue() for pin in ("", *dict.fromkeys(spec.variant for spec in lanes))
@@ -86,8 +88,8 @@ class Scheduler:
             worker.start(number)
             self._metrics.lane_up(worker.spec.variant, worker.spec.device, True)
 
-    def _worker(self, spec: LaneSpec, cores: int) -> Worker:
-        state = routing.state_of(spec, self._limits, cores)
+    def _worker(self, spec: LaneSpec, times: Estimate) -> Worker:
+        state = routing.state_of(spec, self._limits, self._cores.count, times)
         return Worker(spec, state, self._ragged, self._limits.batchable, self._clock, self._finish, self._probed)
 
     def _probed(self, worker: Worker, passed: bool) -> None:

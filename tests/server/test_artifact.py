@@ -211,6 +211,20 @@ def test_best_rows_is_the_smallest_size_near_the_best_rate():
 
 
 @pytest.mark.parametrize(
+    ("times", "rows"),
+    [
+        (((1, 1.0), (2, 1.96), (4, 3.84), (8, 7.6)), 1),  # some per cent, for eight times the wait
+        (((1, 1.0), (2, 1.96), (4, 3.0), (8, 6.0)), 4),  # what pays may come late
+        (((1, 1.0), (2, 1.9), (4, 3.8)), 2),
+        (((1, 1.0), (8, 8.5)), 1),
+        (((1, 1.0), (8, 1.5), (32, 5.0)), 32),
+    ],
+)
+def test_larger_batches_must_gain_with_every_doubling(times: tuple[tuple[int, float], ...], rows: int):
+    assert table(*times).paying_rows() == rows
+
+
+@pytest.mark.parametrize(
     ("rows", "times"), [((), ()), ((1, 2), (1.0,)), ((2, 1), (1.0, 2.0)), ((1, 1), (1.0, 1.0)), ((0, 1), (1.0, 1.0))]
 )
 def test_inconsistent_table_is_refused(rows: tuple[int, ...], times: tuple[float, ...]):

@@ -72,3 +72,19 @@ def test_expectation_follows_each_observation() -> None:
         estimate.observe(1, 0.02)
     assert seen == sorted(seen)
     assert len(set(seen)) == 3
+
+
+def test_sizes_that_come_later_enter_what_was_learned():
+    estimate = Estimate(None)
+    for _ in range(3):
+        estimate.observe(16, 0.160)
+    assert (estimate.known, estimate.best_rows(32), estimate.learned) == (True, 16, 3)
+    for _ in range(20):
+        estimate.observe(16, 0.320)
+    now = estimate.run_s(16)
+    assert estimate.observe(1, 0.016) is None
+    assert estimate.run_s(1) == pytest.approx(0.016)
+    assert estimate.run_s(16) == pytest.approx(now), "what was corrected stays so"
+    assert (estimate.best_rows(32), estimate.learned) == (1, 4)
+    assert estimate.observe(1, 0.016) == pytest.approx(1.0)
+    assert estimate.learned == 4

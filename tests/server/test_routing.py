@@ -367,6 +367,20 @@ def test_trial_waits_for_a_long_queue_and_keeps_to_the_limit() -> None:
     assert trials(lane, 2) == [100]
 
 
+def test_lanes_that_learn_together_know_at_once_which_batches_pay() -> None:
+    times = Estimate(None)
+    spec = LaneSpec("v", "cpu", NoRunner(), None, 1)
+    first, second = (state_of(spec, LIMITS, 2, times) for _ in range(2))
+    assert first.max_rows == LIMITS.max_rows, "nothing is known"
+    for rows in (1, 1, 1, 8):
+        times.observe(rows, 0.010 * rows)
+    second.start(1, False, 0.0)
+    assert second.max_rows == 1
+    assert first.max_rows == LIMITS.max_rows
+    first.start(1, False, 0.0)
+    assert first.max_rows == 1
+
+
 def test_size_of_batches_follows_what_is_seen() -> None:
     latency = table(20.0, 22.0, 44.0, rows=(1, 2, 4))
     lane = state_of(LaneSpec("v", "cpu", NoRunner(), latency, 1), LIMITS, 2)

@@ -27,7 +27,7 @@ from server.errors import SlipstreamError, StartupError
 from server.golden import require_golden
 from server.host import read_host
 from server.providers import Device, check_environment, usable_devices
-from server.session import Session
+from server.staged import open_variant
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _DECIDING_ROWS = (1, 8)
@@ -106,6 +106,8 @@ def _seconds(_context: click.Context, _parameter: click.Parameter, value: float)
     help=f"How two answers of an output are compared: {', '.join(DECISIONS)}. May be repeated.  [default: by shape]",
 )
 @click.option("--slo-ms", type=float, help="Wanted p99 of a run: a variant and its batches stay within it.")
+@click.option("--stages", type=int, help="Cut the first choice into stages for as many devices.  [default: 1, whole]")
+@click.option("--stage-bytes", type=int, help="Weights that a device holds, with --stages.  [default: no limit]")
 @click.option("--evaluator", default="", help="MODULE:FUNCTION(outputs, labels) -> metric, higher is better.")
 @click.option("--recipe", "recipe_file", type=_FILE, help="RECIPE.toml; options given here win over it.")
 @click.option("--time-budget", default=300.0, show_default=True, callback=_seconds, help="Seconds for the whole run.")
@@ -183,7 +185,8 @@ def _verify(console: Console, artifact: Artifact, variant: Variant, devices: dic
             raise StartupError("it was built for another kind of host; optimize the model here")
         if device is None:
             raise StartupError(f"no {variant.provider} device is usable here")
-        session = Session(artifact.folder / variant.file, device, variant.options)
+        signature = artifact.manifest.signature if artifact.manifest is not None else None
+        session = open_variant(artifact.folder, variant, [device], variant.options, signature)
         try:
             decibel = require_golden(session, variant, read_golden(artifact.folder))
         finally:

@@ -187,31 +187,8 @@ def weight_bytes(model: onnx.ModelProto) -> int:
     return sum(len(tensor.raw_data) or tensor.ByteSize() for tensor in tensors_of(model))
 
 
-def _without_weights(model: onnx.ModelProto, data: Path) -> onnx.ModelProto:
-    """Write the large weights of the main graph into a file; return a copy of the model that refers to it.
-
-    onnx's own way needs a copy of all weights, since it moves them out of the model that it is given.
-    """
-    light = onnx.ModelProto()
-    _copy_fields(model, light, "graph")
-    _copy_fields(model.graph, light.graph, "initializer")
-    with data.open("wb") as file:
-        for tensor in model.graph.initializer:
-            content = tensor.raw_data
-            if len(content) < _LEAST_OUTSIDE_BYTES:
-                light.graph.initializer.append(tensor)
-                continue
-            file.seek(-file.tell() % _PAGE_BYTES, SEEK_CUR)
-            stub = light.graph.initializer.add()
-            _copy_fields(tensor, stub, "raw_data")
-            stub.data_location = onnx.TensorProto.EXTERNAL
-            place = {"location": data.name, "offset": file.tell(), "length": file.write(content)}
-            for key, value in place.items():
-                stub.external_data.add(key=key, value=str(value))
-    return light
-
-
-def _copy_fields(source: Message, target: Message, left_out: str) -> None:
+def copy_fields(source: Message, target: Message, left_out: str) -> None:
+    """Copy all fields of a message but one, which may hold gigabytes."""
     for field, value in source.ListFields():
         if field.name == left_out:
             continue
@@ -221,6 +198,30 @@ def _copy_fields(source: Message, target: Message, left_out: str) -> None:
             getattr(target, field.name).CopyFrom(value)
         else:
             setattr(target, field.name, value)
+
+
+def _without_weights(model: onnx.ModelProto, data: Path) -> onnx.ModelProto:
+    """Write the large weights of the main graph into a file; return a copy of the model that refers to it.
+
+    onnx's own way needs a copy of all weights, since it moves them out of the model that it is given.
+    """
+    light = onnx.ModelProto()
+    copy_fields(model, light, "graph")
+    copy_fields(model.graph, light.graph, "initializer")
+    with data.open("wb") as file:
+        for tensor in model.graph.initializer:
+            content = tensor.raw_data
+            if len(content) < _LEAST_OUTSIDE_BYTES:
+                light.graph.initializer.append(tensor)
+                continue
+            file.seek(-file.tell() % _PAGE_BYTES, SEEK_CUR)
+            stub = light.graph.initializer.add()
+            copy_fields(tensor, stub, "raw_data")
+            stub.data_location = onnx.TensorProto.EXTERNAL
+            place = {"location": data.name, "offset": file.tell(), "length": file.write(content)}
+            for key, value in place.items():
+                stub.external_data.add(key=key, value=str(value))
+    return light
 
 
 def _spec(value: onnx.ValueInfoProto) -> TensorSpec:

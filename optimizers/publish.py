@@ -18,6 +18,7 @@ from optimizers.records import DataRecord, EngineRecord, PassRecord, Report
 from optimizers.report import write_report
 from optimizers.request import Digests, OptimizeRequest
 from optimizers.search import Gate
+from optimizers.stages import Staging, add_stages
 from optimizers.store import key_of
 from optimizers.trial import Chosen, Outcome, headline
 from server.artifact import FORMAT, GOLDEN, MANIFEST, Batching, Golden, Manifest, Source, Variant, digest_of
@@ -67,6 +68,9 @@ def publish(folder: Path, edition: Edition) -> None:
     chosen = edition.outcome.chosen
     variants, refused = write_variants(folder, chosen, edition.original.golden, edition.host.fingerprint)
     edition = msgspec.structs.replace(edition, outcome=without(edition.outcome, refused), lost=_loss(chosen, refused))
+    if edition.request.recipe.stages > 1:
+        variants, record = add_stages(folder, variants, _staging(edition))
+        edition = msgspec.structs.replace(edition, engines=(*edition.engines, record))
     manifest = _manifest(folder, edition, variants)
     recipe = write_recipe(_replay(edition))
     (folder / RECIPE).write_text(recipe, encoding="utf-8")
@@ -200,7 +204,7 @@ def _manifest(folder: Path, edition: Edition, variants: tuple[Variant, ...]) -> 
         "flags": " ".join(host.flags),
         "cores": str(host.cores),
     }
-    made = [(variant.name, variant.sha256, variant.weights, variant.options) for variant in variants]
+    made = [(v.name, v.sha256, v.weights, v.stages, v.options) for v in variants]
     golden = digest_of(folder / GOLDEN)
     return Manifest(
         format=FORMAT,
@@ -217,6 +221,20 @@ def _manifest(folder: Path, edition: Edition, variants: tuple[Variant, ...]) -> 
         golden_sha256=golden,
         padding=edition.original.padding,
         digest=key_of(digests.source, digests.recipe, digests.inputs, golden, made),
+    )
+
+
+def _staging(edition: Edition) -> Staging:
+    recipe, original = edition.request.recipe, edition.original
+    rows = original.batching.max_rows if original.batching.batchable else 1
+    return Staging(
+        stages=recipe.stages,
+        signature=edition.signature,
+        golden=original.golden,
+        batchable=original.batching.batchable,
+        sizes=tuple(sorted({1, *(r for r in recipe.batch_rows if r <= rows)})),
+        cores=edition.host.cores,
+        limit_bytes=recipe.stage_bytes,
     )
 
 

@@ -15,6 +15,8 @@
     search_samples = 256
     holdout_samples = 512
     seed = 0
+    stages = 1
+    stage_bytes = 0
 
 The table ``decisions`` names outputs and how two answers of each are compared, where the guess does not fit::
 
@@ -53,6 +55,10 @@ MOST_ROWS = 1024
 """Largest batch that a recipe may ask for."""
 
 
+MOST_STAGES = 16
+"""Most stages that a model may be cut into."""
+
+
 class VariantPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One variant to make, without a search.
 
@@ -88,6 +94,8 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         seed: Seed of the split and of the order of measurements.
         decisions: Output -> one of ``DECISIONS``; empty means to tell it from the original's answers.
         variants: Exactly what to make; empty means to search.
+        stages: Into how many stages, for as many devices, the first choice is cut; 1 leaves it whole.
+        stage_bytes: Weights that a device holds; 0 sets no limit.
     """
 
     precisions: tuple[Precision, ...] = ("fp32", "fp16", "bf16", "int8", "int4")
@@ -105,6 +113,8 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     seed: int = 0
     decisions: dict[str, str] = {}
     variants: tuple[VariantPlan, ...] = ()
+    stages: int = 1
+    stage_bytes: int = 0
 
     def __post_init__(self) -> None:
         _require(
@@ -125,6 +135,8 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         _require(self.search_samples >= 0, "search_samples", self.search_samples, "at least 0")
         _require(self.holdout_samples >= 1, "holdout_samples", self.holdout_samples, "at least 1")
         _require(self.seed >= 0, "seed", self.seed, "at least 0")
+        _require(1 <= self.stages <= MOST_STAGES, "stages", self.stages, f"from 1 to {MOST_STAGES}")
+        _require(self.stage_bytes >= 0, "stage_bytes", self.stage_bytes, "at least 0")
         for output, kind in self.decisions.items():
             _require(
                 kind in DECISIONS, f"the decision of output '{output}'", repr(kind), f"one of {', '.join(DECISIONS)}"

@@ -193,6 +193,8 @@ class Variant(msgspec.Struct, frozen=True):
         from_rows: Least rows of the batches that it takes from the variant before it; 0 when it is not one for large
             batches.
         weights: Files beside ``file`` that hold its weights, by name -> digest; for models beyond 2 GB.
+        stages: Of a model that is cut for several devices, the files of the stages that follow on ``file``, in order:
+            path relative to the version folder -> digest.
     """
 
     name: str
@@ -210,6 +212,7 @@ class Variant(msgspec.Struct, frozen=True):
     host_bound: bool = False
     from_rows: int = 0
     weights: dict[str, str] = {}
+    stages: dict[str, str] = {}
 
 
 class Batching(msgspec.Struct, frozen=True):
@@ -331,6 +334,8 @@ def read_artifact(folder: Path) -> Artifact:
         _check_digest(folder, variant.file, variant.sha256)
         for weights, digest in variant.weights.items():
             _check_digest(folder, str(Path(variant.file).parent / weights), digest)
+        for stage, digest in variant.stages.items():
+            _check_digest(folder, stage, digest)
     if manifest.golden_sha256:
         _check_digest(folder, GOLDEN, manifest.golden_sha256)
     return Artifact(folder, name, version, manifest)

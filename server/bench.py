@@ -10,7 +10,7 @@ import msgspec
 
 from server.artifact import LatencyTable
 from server.host import available_memory_bytes
-from server.session import Session, measure_latency
+from server.session import Opened, measure_latency
 from server.split import Load, Split
 from server.tensors import Tensors
 
@@ -37,8 +37,8 @@ class Subject(msgspec.Struct, frozen=True):
         size_bytes: Of the model's files.
     """
 
-    session: Session
-    reopen: Callable[[int], Session]
+    session: Opened
+    reopen: Callable[[int], Opened]
     inputs: Callable[[int], Tensors]
     sizes: tuple[int, ...]
     size_bytes: int
@@ -69,7 +69,7 @@ class SessionBench:
         self._end_s = clock() + budget_s
         free = available_memory_bytes() if memory_bytes is None else memory_bytes
         self._spare_bytes = free * _MEMORY_SHARE
-        self._opened: dict[int, list[Session]] = {}
+        self._opened: dict[int, list[Opened]] = {}
         self._open_s = 0.0
 
     def alone(self, splits: Sequence[Split]) -> dict[Split, LatencyTable]:
@@ -110,7 +110,7 @@ class SessionBench:
         loads = [self._run(self._sessions(split), rows) for rows in sizes]
         return Load(max(load.rows_per_s for load in loads), min(load.cpu_share for load in loads))
 
-    def keep(self, split: Split) -> list[Session]:
+    def keep(self, split: Split) -> list[Opened]:
         """Return a session for each instance of a split, opening what is missing, and close all others.
 
         Instances of one thread share the subject's session.
@@ -139,7 +139,7 @@ class SessionBench:
     def _may_go_on(self) -> bool:
         return self._is_quiet() and self._clock() < self._end_s
 
-    def _sessions(self, split: Split) -> list[Session]:
+    def _sessions(self, split: Split) -> list[Opened]:
         if split.threads == 1:
             return [self._subject.session] * split.instances
         return self._opened.get(split.threads, [])
@@ -162,12 +162,12 @@ class SessionBench:
         for _, future in opening:
             future.result()
 
-    def _open(self, threads: int) -> Session:
+    def _open(self, threads: int) -> Opened:
         session = self._subject.reopen(threads)
         session.run(self._subject.inputs(1))
         return session
 
-    def _run(self, sessions: Sequence[Session], rows: int) -> Load:
+    def _run(self, sessions: Sequence[Opened], rows: int) -> Load:
         batch, barrier = self._subject.inputs(rows), threading.Barrier(len(sessions))
         with ThreadPoolExecutor(len(sessions), "split-run") as pool:
             works = [pool.submit(self._repeat, session, batch, barrier) for session in sessions]
@@ -176,7 +176,7 @@ class SessionBench:
         cpu_share = sum(cpu_s for _, _, cpu_s in done) / sum(wall_s for _, wall_s, _ in done)
         return Load(rows_per_s, min(cpu_share, 1.0))
 
-    def _repeat(self, session: Session, batch: Tensors, barrier: threading.Barrier) -> tuple[int, float, float]:
+    def _repeat(self, session: Opened, batch: Tensors, barrier: threading.Barrier) -> tuple[int, float, float]:
         """Run a batch again and again; return the runs, and the seconds by the clock and on a core."""
         barrier.wait()
         start_s, start_cpu_s, runs = self._clock(), time.thread_time(), 0
@@ -186,5 +186,5 @@ class SessionBench:
         return runs, max(self._clock() - start_s, 1e-9), time.thread_time() - start_cpu_s
 
 
-def _flat(groups: Iterable[list[Session]]) -> list[Session]:
+def _flat(groups: Iterable[list[Opened]]) -> list[Opened]:
     return [session for group in groups for session in group]

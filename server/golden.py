@@ -8,13 +8,13 @@ import numpy as np
 
 from server.artifact import Golden, Variant
 from server.errors import ArtifactError, InferenceFailed
-from server.session import Session
+from server.session import Opened
 from server.tensors import Array, Tensors
 
 MOST_DB = 200.0
 
 
-def require_golden(session: Session, variant: Variant, golden: Golden) -> float:
+def require_golden(session: Opened, variant: Variant, golden: Golden) -> float:
     """Run the golden inputs and require the outputs to be as close to the original's as the manifest promises.
 
     Returns:

@@ -16,8 +16,9 @@ from server.host import read_host
 from server.providers import Device, usable_cores
 from server.sample import Sample, sample_of_golden, sample_of_plain
 from server.scheduler import LaneSpec
-from server.session import Session, measure_latency
+from server.session import Opened, measure_latency
 from server.split import Split, Splits, compare
+from server.staged import open_variant
 from server.tensors import Signature, TensorSpec
 from server.worker import INLINE_LANE_S
 
@@ -65,12 +66,12 @@ class Lanes:
         brownout: bool = False,
         splits: Splits | None = None,
     ) -> None:
-        self._artifact, self._manifest = artifact, artifact.manifest
+        self._artifact, self._manifest, self._devices = artifact, artifact.manifest, devices
         self._cpu_instances, self._brownout = cpu_instances, brownout
         self._splits = None if cpu_instances else splits
         self._split = self._splits.known(artifact.name) if self._splits is not None else None
         self._golden = read_golden(artifact.folder) if artifact.manifest is not None else None
-        self._sessions: list[Session] = []
+        self._sessions: list[Opened] = []
         self.specs: list[LaneSpec] = []
         self.batchable = artifact.manifest is None or artifact.manifest.batching.batchable
         self.refused: dict[str, str] = dict(_without_device(artifact, devices))
@@ -118,7 +119,7 @@ class Lanes:
         from_rows = 0 if is_first_on_cpu else variant.from_rows
         is_main = on_cpu and bool(is_first_on_cpu or from_rows or self._brownout)
         split = self._split_of(variant, device, is_main=is_main, is_foreign=is_foreign)
-        is_open = is_first_on_cpu and is_foreign and self._may_measure_split()
+        is_open = is_first_on_cpu and is_foreign and not variant.stages and self._may_measure_split()
         session = self._open(variant, device, 1 if is_open else split.threads)
         sample = self._sample(session)
         sessions = [session]
@@ -128,9 +129,10 @@ class Lanes:
             session.close()
             sessions = [self._open(variant, device, split.threads)]
         # One-thread sessions compute in the calling thread, so lanes can share one and its memory. A session with more
-        # has one pool of threads, which its callers would have to share.
+        # has one pool of threads, which its callers would have to share. Stages are there to be shared.
+        shares = split.threads == 1 or bool(variant.stages)
         while len(sessions) < split.instances:
-            sessions.append(sessions[0] if split.threads == 1 else self._open(variant, device, split.threads))
+            sessions.append(sessions[0] if shares else self._open(variant, device, split.threads))
         latency = self._measure(sessions[0], sample) if is_foreign else variant.latency
         agreement = variant.fidelity.agreement if variant.fidelity is not None else 1.0
         self.specs += [
@@ -141,10 +143,13 @@ class Lanes:
     def _split_of(self, variant: Variant, device: Device, *, is_main: bool, is_foreign: bool) -> Split:
         """Return how lanes of a variant use the device unless that is measured now."""
         if device.kind != "cpu":
-            return Split(1, 1)
+            return Split(1 + len(variant.stages), 1)
+        cores = usable_cores()
+        if variant.stages:  # a batch is in one stage at a time
+            stages = 1 + len(variant.stages)
+            return Split(stages, max(1, cores // stages))
         if is_main and is_foreign and self._split is not None:
             return self._split
-        cores = usable_cores()
         threads = min(variant.options.intra_op_threads or cores, cores)
         return Split((self._cpu_instances or cores // threads) if is_main else 1, threads)
 
@@ -158,8 +163,8 @@ class Lanes:
         return True
 
     def _find_split(
-        self, variant: Variant, session: Session, sample: Sample, opening_s: float
-    ) -> tuple[Split, list[Session]] | None:
+        self, variant: Variant, session: Opened, sample: Sample, opening_s: float
+    ) -> tuple[Split, list[Opened]] | None:
         """Measure how the cores are best split; return a session for each instance, ``None`` if that is not told."""
         if sample.inputs is None or self._splits is None:
             return None
@@ -189,14 +194,14 @@ class Lanes:
         self._splits.remember(self._artifact.name, split)
         return split, sessions
 
-    def _sample(self, session: Session) -> Sample:
+    def _sample(self, session: Opened) -> Sample:
         if self._manifest is not None and self._golden is not None:
             return sample_of_golden(self._golden, self._manifest.batching)
         sample = sample_of_plain(session)
         self.batchable = self.batchable and sample.batchable
         return sample
 
-    def _measure(self, session: Session, sample: Sample) -> LatencyTable | None:
+    def _measure(self, session: Opened, sample: Sample) -> LatencyTable | None:
         """Measure run times on this host as far as the sample tells them."""
         if sample.inputs is None or not sample.tells_times:
             return None
@@ -207,13 +212,15 @@ class Lanes:
             logger.info("%s: not measured: %s", self._title, exc)
             return None
 
-    def _open(self, variant: Variant, device: Device, threads: int) -> Session:
+    def _open(self, variant: Variant, device: Device, threads: int) -> Opened:
         if variant.host_bound and variant.host != self._host:
             raise StartupError(f"built for hosts of kind {variant.host}, this is one of {self._host}; optimize it here")
         options = variant.options
         if device.kind == "cpu" and threads != options.intra_op_threads:
             options = msgspec.structs.replace(options, intra_op_threads=threads, spinning=False)
-        session = Session(self._artifact.folder / variant.file, device, options)
+        devices = [other for other in self._devices if other.kind == device.kind] if variant.stages else [device]
+        signature = self._manifest.signature if self._manifest is not None else None
+        session = open_variant(self._artifact.folder, variant, devices, options, signature)
         if self._manifest is not None and self._golden is not None:
             _require_signature(self._manifest.signature, session.signature, variant.name)
             decibel = require_golden(session, variant, self._golden)
@@ -227,7 +234,9 @@ def _placements(artifact: Artifact, devices: tuple[Device, ...]) -> Iterator[tup
         for variant in artifact.variants:
             # A plain model goes everywhere but to TensorRT, which would build an engine whenever a shape is new.
             kinds = (variant.provider,) if artifact.manifest is not None else ("cuda", "cpu")
-            if device.kind in kinds:
+            # Stages take all devices of a kind, so they are placed once.
+            is_taken = bool(variant.stages) and device != next(other for other in devices if other.kind == device.kind)
+            if device.kind in kinds and not is_taken:
                 yield variant, device
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from server.artifact import Batching, Golden
 from server.errors import InferenceFailed
-from server.session import MEASURED_ROWS, Session, synthetic_inputs
+from server.session import MEASURED_ROWS, Opened, synthetic_inputs
 from server.tensors import Signature, Tensors
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ def sample_of_golden(golden: Golden, batching: Batching) -> Sample:
     return Sample(True, inputs(1), inputs, sizes)
 
 
-def sample_of_plain(session: Session) -> Sample:
+def sample_of_plain(session: Opened) -> Sample:
     """Try a plain model with inputs of ones, which also warms it up, and see whether it may be batched."""
     signature = session.signature
     batchable = signature.shares_batch_axis
@@ -82,7 +82,7 @@ def _takes_text(signature: Signature) -> bool:
     return any(spec.datatype == "BYTES" for spec in signature.inputs)
 
 
-def _runs(session: Session, inputs: Tensors) -> bool:
+def _runs(session: Opened, inputs: Tensors) -> bool:
     try:
         session.run(inputs)
     except InferenceFailed:
@@ -90,7 +90,7 @@ def _runs(session: Session, inputs: Tensors) -> bool:
     return True
 
 
-def _runs_two_rows(session: Session) -> bool:
+def _runs_two_rows(session: Opened) -> bool:
     try:
         outputs = session.run(synthetic_inputs(session.signature, 2))
     except InferenceFailed:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -22,6 +22,22 @@ logger = logging.getLogger(__name__)
 
 MEASURED_ROWS = (1, 2, 4, 8, 16, 32)
 _MOST_RUNS = 50
+
+
+class Opened(Protocol):
+    """A model that is opened: a ``Session``, or what takes its place."""
+
+    signature: Signature
+    device: Device
+    providers: tuple[str, ...]
+
+    def run(self, inputs: Tensors, outputs: tuple[str, ...] = ()) -> dict[str, Array]:
+        """Run the model, see ``Session.run``."""
+        ...
+
+    def close(self) -> None:
+        """Release the model, see ``Session.close``."""
+        ...
 
 
 class Session:
@@ -137,7 +153,7 @@ def synthetic_inputs(signature: Signature, rows: int, open_size: int = 1) -> dic
 
 
 def measure_latency(
-    session: Session,
+    session: Opened,
     sizes: Sequence[int] = MEASURED_ROWS,
     budget_s: float = 1.0,
     clock: Callable[[], float] = time.perf_counter,

@@ -12,11 +12,13 @@ from optimizers.pipeline import optimize
 from optimizers.recipe import Recipe, read_recipe
 from optimizers.report import read_report
 from optimizers.request import OptimizeRequest
+from server import session
 from server.artifact import Artifact, read_artifact
 from server.errors import ArtifactError
 from server.lanes import Lanes
-from server.providers import CPU
+from server.providers import CPU, Device, open_ort_session
 from server.staged import StagedSession
+from tests.artifacts import edit_manifest
 from tests.models import save_cnn
 
 RECIPE = Recipe(precisions=("fp32",), compressions=(), devices=("cpu",), batch_rows=(1, 4), stages=2, portable=True)
@@ -57,6 +59,26 @@ def test_served_lanes_are_as_many_as_stages_and_share_them(staged: Artifact):
         whole = next(spec.runner for spec in lanes.specs if spec.variant == staged.variants[1].name)
         inputs = {"image": np.random.default_rng(0).standard_normal((3, 3, 16, 16)).astype(np.float32)}
         np.testing.assert_allclose(specs[0].runner.run(inputs)["logits"], whole.run(inputs)["logits"], atol=1e-5)
+    finally:
+        lanes.close()
+
+
+@pytest.mark.parametrize(("indices", "expected"), [((0, 1), ["cuda:0", "cuda:1"]), ((1,), ["cuda:1", "cuda:1"])])
+def test_stages_go_to_the_devices_of_their_kind_in_turn(
+    staged: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, indices: tuple[int, ...], expected: list[str]
+):
+    """On the CPU, which stands for the GPUs."""
+    monkeypatch.setattr(session, "open_ort_session", lambda path, device, options: open_ort_session(path, CPU, options))
+    copy = shutil.copytree(staged.folder, tmp_path / "m" / staged.version)
+    first, *others = staged.variants
+    edit_manifest(copy, variants=(msgspec.structs.replace(first, provider="cuda"), *others))
+    lanes = Lanes(read_artifact(copy), (*(Device("cuda", index) for index in indices), CPU), cpu_instances=0)
+    try:
+        specs = [spec for spec in lanes.specs if spec.variant == first.name]
+        assert [spec.device for spec in specs] == [expected[0]] * 2
+        (runner,) = {id(spec.runner): spec.runner for spec in specs}.values()
+        assert isinstance(runner, StagedSession)
+        assert [device.name for device in runner.devices] == expected
     finally:
         lanes.close()
 

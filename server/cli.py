@@ -30,6 +30,10 @@ _HELP = {
     "direction; only what is used is taken from the system.",
     "gpu": "Serve on the GPU where it really works, else on the CPU (prefer); refuse to start without it (require); "
     "never look for it (off).",
+    "engines": "Build TensorRT engines for the models in service where such a device works, and swap them in (build); "
+    "build none (off).",
+    "engine_cache": "Folder where engines are kept for the next start.",
+    "engine_builder": "Command that builds an engine; empty means slipstream build-engine of this environment.",
     "cpu_instances": "Lanes for the preferred CPU variant of a model; 0 splits the cores as measured.",
     "max_queue_rows": "Rows that may wait per model; more are refused with 429 and Retry-After.",
     "max_queue_delay_s": "Seconds that an idle lane may wait for a fuller batch. 0 runs at once: batches still grow "
@@ -59,6 +63,7 @@ _HELP = {
 }
 _CHOICES = {
     "gpu": ("prefer", "require", "off"),
+    "engines": ("build", "off"),
     "model_control": ("local", "on", "off"),
     "log_format": ("plain", "json"),
     "log_level": ("DEBUG", "INFO", "WARNING", "ERROR"),

@@ -10,10 +10,11 @@ import msgspec
 
 from server.artifact import Artifact, LatencyTable, Variant, read_golden
 from server.bench import LEAST_BUDGET_S, SessionBench, Subject
-from server.errors import ArtifactError, InferenceFailed, StartupError
+from server.errors import ArtifactError, Draining, InferenceFailed, StartupError
 from server.golden import require_golden
 from server.host import read_host
 from server.providers import Device, usable_cores
+from server.ranged import RangedSession
 from server.sample import Sample, sample_of_golden, sample_of_plain
 from server.scheduler import LaneSpec
 from server.session import Opened, measure_latency
@@ -72,6 +73,8 @@ class Lanes:
         self._split = self._splits.known(artifact.name) if self._splits is not None else None
         self._golden = read_golden(artifact.folder) if artifact.manifest is not None else None
         self._sessions: list[Opened] = []
+        self._closed = False
+        self._opened: dict[str, Opened] = {}  # variant -> its first session
         self.specs: list[LaneSpec] = []
         self.batchable = artifact.manifest is None or artifact.manifest.batching.batchable
         self.refused: dict[str, str] = dict(_without_device(artifact, devices))
@@ -95,8 +98,43 @@ class Lanes:
             for (variant, device, threads), instances in groups.items()
         ]
 
+    def open_engine(self, engine: Variant, source: Variant, device: Device) -> LaneSpec:
+        """Open a lane for an engine that was built of a variant in service; ``close`` closes it with the others.
+
+        Blocks, in any thread. The engine is checked against the golden outputs as every variant is, and measured.
+
+        Args:
+            engine: The engine, with its profile.
+            source: What it was built of, which runs the shapes that the profile leaves out.
+            device: Where the engine runs.
+
+        Raises:
+            StartupError: If it cannot be opened, or does not reproduce the original.
+            Draining: If the lanes were closed meanwhile.
+        """
+        if engine.profile is None:
+            raise ArtifactError(f"the engine {engine.file} has no profile")
+        plan = open_variant(self._artifact.folder, engine, [device], engine.options, None)
+        session = RangedSession(plan, engine.profile, self._opened[source.name])
+        self._keep(session, engine)
+        if self._closed:  # looked at after ``_keep``: either ``close`` finds the session, or this finds it closed
+            session.close()
+            raise Draining(f"{self._title} was closed while an engine was opened")
+        sample = self._sample(session)
+        latency = self._measure(session, sample)
+        return LaneSpec(
+            engine.name, device.name, session, latency, 1, agreement=_agreement_of(source), probe=sample.probe
+        )
+
+    def discard(self, lane: LaneSpec) -> None:
+        """Release the lane of an engine."""
+        for session in [session for session in self._sessions if session is lane.runner]:
+            session.close()
+            self._sessions.remove(session)
+
     def close(self) -> None:
-        """Release all sessions."""
+        """Release all sessions; idempotent."""
+        self._closed = True
         for session in self._sessions:
             session.close()
 
@@ -134,7 +172,8 @@ class Lanes:
         while len(sessions) < split.instances:
             sessions.append(sessions[0] if shares else self._open(variant, device, split.threads))
         latency = self._measure(sessions[0], sample) if is_foreign else variant.latency
-        agreement = variant.fidelity.agreement if variant.fidelity is not None else 1.0
+        agreement = _agreement_of(variant)
+        self._opened.setdefault(variant.name, sessions[0])
         self.specs += [
             LaneSpec(variant.name, device.name, lane, latency, split.threads, from_rows, agreement, sample.probe)
             for lane in sessions
@@ -221,12 +260,20 @@ class Lanes:
         devices = [other for other in self._devices if other.kind == device.kind] if variant.stages else [device]
         signature = self._manifest.signature if self._manifest is not None else None
         session = open_variant(self._artifact.folder, variant, devices, options, signature)
-        if self._manifest is not None and self._golden is not None:
-            _require_signature(self._manifest.signature, session.signature, variant.name)
-            decibel = require_golden(session, variant, self._golden)
-            logger.debug("variant %s on %s: %.1f dB on golden inputs", variant.name, device.name, decibel)
-        self._sessions.append(session)
+        self._keep(session, variant)
         return session
+
+    def _keep(self, session: Opened, variant: Variant) -> None:
+        """Keep a session if it is what the manifest says and reproduces the golden outputs; else close it."""
+        try:
+            if self._manifest is not None and self._golden is not None:
+                _require_signature(self._manifest.signature, session.signature, variant.name)
+                decibel = require_golden(session, variant, self._golden)
+                logger.debug("variant %s on %s: %.1f dB on golden inputs", variant.name, session.device.name, decibel)
+        except StartupError:
+            session.close()
+            raise
+        self._sessions.append(session)
 
 
 def _placements(artifact: Artifact, devices: tuple[Device, ...]) -> Iterator[tuple[Variant, Device]]:
@@ -246,6 +293,10 @@ def _without_device(artifact: Artifact, devices: tuple[Device, ...]) -> Iterator
         for variant in artifact.manifest.variants:
             if variant.provider not in kinds:
                 yield variant.name, f"no {variant.provider} device is usable here"
+
+
+def _agreement_of(variant: Variant) -> float:
+    return variant.fidelity.agreement if variant.fidelity is not None else 1.0
 
 
 def _require_signature(declared: Signature, seen: Signature, variant: str) -> None:

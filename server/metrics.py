@@ -1,7 +1,7 @@
 """Every metric, its labels and its buckets on one screen.
 
 Labels are only ``model``, ``version``, ``variant``, ``device``, ``code``, ``state`` of versions, ``result`` of swaps,
-of shadowed requests and of the response cache.
+of engine builds, of shadowed requests and of the response cache.
 ``code`` is ``ok`` or the code of an error in ``server.errors``, so every refusal is counted by its reason.
 """
 
@@ -41,6 +41,12 @@ class Metrics:
         self.model_swaps = Counter(
             "slipstream_model_swaps",
             "Ends of new versions: swapped, failed (to open), refused (by the comparison), rolled_back.",
+            ("model", "result"),
+            registry=registry,
+        )
+        self.engine_builds = Counter(
+            "slipstream_engine_builds",
+            "Engines built for models in service: served, slower (than what serves), failed, late (the model left).",
             ("model", "result"),
             registry=registry,
         )

@@ -8,14 +8,14 @@ import logging
 from collections.abc import Callable
 from typing import Any, Literal
 
-from server.artifact import Artifact
+from server.artifact import Artifact, Variant
 from server.batching import BatchLimits
-from server.errors import ModelNotReady
+from server.errors import Draining, ModelNotReady
 from server.lanes import Lanes
 from server.metrics import Metrics, ModelMetrics
 from server.outcome import Completion, Future
 from server.providers import Device
-from server.scheduler import Cores, Scheduler
+from server.scheduler import Cores, LaneSpec, Scheduler
 from server.serving import How
 from server.session import MEASURED_ROWS, check_text
 from server.settings import Settings
@@ -40,12 +40,13 @@ class Model:
         unoptimized: Whether it is a plain model that no optimizer has proven.
         variants: Names of the variants in service, the preferred one first.
         refused: Variant -> why it is not served on this host.
+        artifact: What it was opened from.
         tap: Called with each request that pins no variant and its response, after the response was given; ``None``
             calls nothing.
     """
 
     def __init__(self, artifact: Artifact, lanes: Lanes, limits: BatchLimits, metrics: Metrics) -> None:
-        self.name, self.version = artifact.name, artifact.version
+        self.artifact, self.name, self.version = artifact, artifact.name, artifact.version
         self.signature = lanes.signature
         self.state: State = "loading"
         self.unoptimized = artifact.manifest is None
@@ -123,6 +124,11 @@ class Model:
         return self._scheduler.lanes_down if self._scheduler is not None else ()
 
     @property
+    def lanes(self) -> tuple[LaneSpec, ...]:
+        """Its lanes, the preferred ones first."""
+        return tuple(self._lanes.specs)
+
+    @property
     def waiting_rows(self) -> int:
         """Rows that wait for a lane now."""
         return self._metrics.waiting_rows
@@ -140,6 +146,29 @@ class Model:
         for variant in self.refused:
             self._metrics.variant_served(variant, variant in self.variants)
         self._metrics.ready(True)
+
+    def open_engine(self, engine: Variant, source: Variant, device: Device) -> LaneSpec:
+        """Open a lane for an engine that was built of a variant in service; see ``Lanes.open_engine``. Blocks."""
+        return self._lanes.open_engine(engine, source, device)
+
+    def adopt(self, lane: LaneSpec) -> None:
+        """Take a lane into service, from one step of the loop to the next, ahead of all others.
+
+        On the event loop, while it serves. The lanes that are there stay, for overflow and for failures.
+
+        Raises:
+            Draining: If it serves no more; the lane is closed with the others.
+        """
+        if self._scheduler is None or not self.ready:
+            raise Draining(f"{self.name}/{self.version} is {self.state}")
+        self._lanes.specs.insert(0, lane)
+        self._scheduler.prefer([lane])
+        self.variants = tuple(dict.fromkeys(spec.variant for spec in self._lanes.specs))
+        self._metrics.variant_served(lane.variant, True)
+
+    def discard(self, lane: LaneSpec) -> None:
+        """Release the lane of an engine that is not adopted."""
+        self._lanes.discard(lane)
 
     def begin(self, request: InferRequest) -> Future:
         """Run one request, alone or in a batch with others.

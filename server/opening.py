@@ -6,6 +6,7 @@ from pathlib import Path
 
 from server.artifact import Artifact, read_artifact
 from server.background import Background
+from server.building import Building
 from server.errors import Draining, StartupError
 from server.metrics import Metrics
 from server.model import Model
@@ -26,7 +27,6 @@ class Opener:
 
     Attributes:
         background: Where it works; comparisons of new versions take turns with it.
-        cores: What all opened models share.
         is_stopping: Set it when nothing more may be opened.
     """
 
@@ -34,9 +34,10 @@ class Opener:
         self._settings, self._metrics = settings, metrics
         self._devices: tuple[Device, ...] = ()
         self.background = Background()
-        self.cores = Cores(usable_cores())
+        self._building = Building(settings, metrics, self.background)
+        self._cores = Cores(usable_cores())
         # A device is busy for the first time when the first request is served, and stays in ``busy`` from then on.
-        self._splits = Splits(lambda: not self.cores.busy)
+        self._splits = Splits(lambda: not self._cores.busy)
         self.is_stopping = False
 
     async def find_devices(self) -> None:
@@ -66,6 +67,16 @@ class Opener:
             model.close()
         self._require_not_stopping()
         return model
+
+    def start(self, model: Model) -> None:
+        """Start an opened model, and begin to build the engines that it could use."""
+        model.start(self._cores)
+        self._building.begin(model, self._devices)
+
+    async def stop(self) -> None:
+        """Open nothing more, and end the build of engines."""
+        self.is_stopping = True
+        await self._building.stop()
 
     def _require_not_stopping(self) -> None:
         if self.is_stopping:

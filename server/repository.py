@@ -179,7 +179,7 @@ class Repository:
 
     async def stop(self) -> None:
         """Change nothing from here on: end the watch and what it has begun. Models serve until ``drain``."""
-        self._opener.is_stopping = True
+        await self._opener.stop()
         if self._watching is not None:
             self._watching.cancel()
             await asyncio.wait({self._watching})

@@ -67,8 +67,7 @@ class Scheduler:
         self._ragged = Ragged(limits.padding)
         self._admission = Admission(limits, self._ragged, self._loop.create_future)
         self._cores, self._room = cores, cores.join(self._dispatch)
-        alike = {(spec.variant, spec.device, spec.threads): Estimate(spec.latency) for spec in reversed(lanes)}
-        self._workers = [self._worker(spec, alike[spec.variant, spec.device, spec.threads]) for spec in lanes]
+        self._workers = self._workers_of(lanes)
         self._recovery = Recovery(self._workers, metrics, clock, self._lanes_changed)
         self._queues: dict[str, RequestQueue[Future]] = {
             pin: RequestQueue() for pin in ("", *dict.fromkeys(spec.variant for spec in lanes))
@@ -84,13 +83,33 @@ class Scheduler:
         self._swept_s = float("-inf")
         self._draining = False
         self._drained: asyncio.Future[None] | None = None
-        for number, worker in enumerate(self._workers):
-            worker.start(number)
-            self._metrics.lane_up(worker.spec.variant, worker.spec.device, True)
+        self._start(self._workers)
+
+    def _workers_of(self, lanes: Sequence[LaneSpec]) -> list[Worker]:
+        alike = {(spec.variant, spec.device, spec.threads): Estimate(spec.latency) for spec in reversed(lanes)}
+        return [self._worker(spec, alike[spec.variant, spec.device, spec.threads]) for spec in lanes]
 
     def _worker(self, spec: LaneSpec, times: Estimate) -> Worker:
         state = routing.state_of(spec, self._limits, self._cores.count, times)
         return Worker(spec, state, self._ragged, self._limits.batchable, self._clock, self._finish, self._probed)
+
+    def _start(self, workers: Sequence[Worker]) -> None:
+        for number, worker in enumerate(workers):
+            worker.start(number)
+            self._metrics.lane_up(worker.spec.variant, worker.spec.device, True)
+
+    def prefer(self, lanes: Sequence[LaneSpec]) -> None:
+        """Take in lanes while the others serve; from now on they come first.
+
+        Args:
+            lanes: In order of preference, ahead of all that are there.
+        """
+        workers = self._workers_of(lanes)
+        for spec in lanes:
+            self._queues.setdefault(spec.variant, RequestQueue())
+        self._workers[:0] = workers
+        self._start(workers)
+        self._lanes_changed()
 
     def _probed(self, worker: Worker, passed: bool) -> None:
         self._recovery.probed(worker, passed)

@@ -22,6 +22,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         slab_bytes: Memory that each front end, and the engine for it, shares for requests under way; with workers.
         gpu: ``prefer`` serves on the GPU where it really works and on the CPU otherwise, and says so; ``require``
             refuses to become ready without it; ``off`` never looks.
+        engines: ``build`` builds TensorRT engines for the models in service where such a device works, and swaps them
+            in; ``off`` builds none.
+        engine_cache: Folder where engines are kept for the next start.
+        engine_builder: Command that builds one; empty means ``slipstream build-engine`` of this environment.
         cpu_instances: Lanes of the preferred CPU variant; 0 splits the usable cores as measured, see
             ``server.split``.
         max_queue_rows: Rows that may wait per model before requests are refused with 429.
@@ -53,6 +57,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     workers: int = 1
     slab_bytes: int = 64 * 1024 * 1024
     gpu: str = "prefer"
+    engines: str = "build"
+    engine_cache: Path = Path(".slipstream") / "engines"
+    engine_builder: str = ""
     cpu_instances: int = 0
     max_queue_rows: int = 1024
     max_queue_delay_s: float = 0.0
@@ -76,6 +83,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         _require(self.gpu in ("prefer", "require", "off"), "gpu", self.gpu, "prefer, require or off")
+        _require(self.engines in ("build", "off"), "engines", self.engines, "build or off")
         _require(self.log_format in ("plain", "json"), "log_format", self.log_format, "plain or json")
         _require(0 <= self.port < 65536, "port", self.port, "0 to 65535")
         _require(0 < self.workers <= 256, "workers", self.workers, "1 to 256")

@@ -281,7 +281,7 @@ class Versions:
         self._metrics.model_swaps.labels(self._name, result).inc()
 
     def _serve(self, model: Model) -> None:
-        model.start(self._opener.cores)
+        self._opener.start(model)
         self.served[model.version] = model
         self._publish()
 

@@ -80,7 +80,7 @@ async def ask(model: Model) -> None:
 
 async def open_and_start(opener: Opener, folder: Path) -> Model:
     model = await opener.open(folder)
-    model.start(opener.cores)
+    opener.start(model)
     return model
 
 

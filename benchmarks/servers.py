@@ -62,7 +62,7 @@ def plain_fastapi(workload: Workload) -> Iterator[RunningServer]:
 
 def slipstream_command(repository: Path, port: int, *options: str) -> list[str]:
     """Return the installed command that serves a repository, with further options of it."""
-    command = [str(Path(sys.executable).parent / "slipstream"), "serve", str(repository), "--gpu", "off"]
+    command = [sys.executable, "-m", "slipstream", "serve", str(repository), "--gpu", "off"]
     return [*command, "--host", HOST, "--port", str(port), *options]
 
 

@@ -47,6 +47,7 @@ class SessionOptions(msgspec.Struct, frozen=True):
     spinning: bool = False
     graph_level: str = "all"
     config: dict[str, str] = {}
+    provider_options: dict[str, str] = {}
 
 
 class Profile(msgspec.Struct, frozen=True):

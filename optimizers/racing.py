@@ -22,7 +22,7 @@ from optimizers.search import Knobs
 from optimizers.store import Store, joint_digest, key_of
 from server.artifact import SessionOptions
 from server.errors import SlipstreamError
-from server.providers import Device
+from server.providers import RECORD_PLACEMENT, Device
 from server.session import Session
 from server.tensors import Tensors
 
@@ -31,7 +31,6 @@ DEFAULTS = SessionOptions(intra_op_threads=0, spinning=True, graph_level="all")
 
 VALID_FOR = timedelta(days=1)
 _RESULT = "race.json"
-_RECORD = "session.record_ep_graph_assignment_info"
 
 
 class _Result(msgspec.Struct, frozen=True):
@@ -124,7 +123,7 @@ class Track:
         Raises:
             SlipstreamError: If it does not open.
         """
-        options = msgspec.structs.replace(built.options, config={**built.options.config, _RECORD: "1"})
+        options = msgspec.structs.replace(built.options, config={**built.options.config, RECORD_PLACEMENT: "1"})
         with closing(Session(built.model, Device(built.provider), options)) as session:
             return session.placement()
 

@@ -158,7 +158,8 @@ class Application(FastAPI):
         failures = self.repository.failures
         reasons = {f"{name}/{version}": reason for (name, version), reason in failures.items()}
         down = {f"{name}/{version}": lanes for (name, version), lanes in self.repository.lanes_down.items()}
-        failing = {"lanes_down": down} if down else {}
+        unused = self.repository.unused_devices
+        failing = {**({"lanes_down": down} if down else {}), **({"unused_devices": unused} if unused else {})}
         if self.repository.ready:
             return _json({"ready": True, **({"models": reasons} if reasons else {}), **failing})
         if down:

@@ -41,6 +41,7 @@ class SessionOptions(msgspec.Struct, frozen=True):
         spinning: Whether idle worker threads spin.
         graph_level: onnxruntime's graph optimization level: ``disable``, ``basic``, ``extended`` or ``all``.
         config: Session config entries, e.g. ``session.x64quantprecision``.
+        provider_options: Options of a GPU's execution provider, beyond those that the server sets.
     """
 
     intra_op_threads: int = 1

@@ -30,6 +30,7 @@ _HELP = {
     "direction; only what is used is taken from the system.",
     "gpu": "Serve on the GPU where it really works, else on the CPU (prefer); refuse to start without it (require); "
     "never look for it (off).",
+    "gpu_memory_bytes": "Most memory that each session may take on a GPU, in bytes; 0 sets no limit.",
     "engines": "Build TensorRT engines for the models in service where such a device works, and swap them in (build); "
     "build none (off).",
     "engine_cache": "Folder where engines are kept for the next start.",

@@ -1,7 +1,7 @@
 """Every metric, its labels and its buckets on one screen.
 
-Labels are only ``model``, ``version``, ``variant``, ``device``, ``code``, ``state`` of versions, ``result`` of swaps,
-of engine builds, of shadowed requests and of the response cache.
+Labels are only ``model``, ``version``, ``variant``, ``device``, ``code``, ``state`` of versions, ``reason`` of a
+missing GPU, ``result`` of swaps, of engine builds, of shadowed requests and of the response cache.
 ``code`` is ``ok`` or the code of an error in ``server.errors``, so every refusal is counted by its reason.
 """
 
@@ -42,6 +42,13 @@ class Metrics:
             "slipstream_model_swaps",
             "Ends of new versions: swapped, failed (to open), refused (by the comparison), rolled_back.",
             ("model", "result"),
+            registry=registry,
+        )
+        self.gpu_fallback = Gauge(
+            "slipstream_gpu_fallback",
+            "1 where a GPU is preferred and the CPU serves, by reason: cpu_build, no_driver, old_driver, no_device, "
+            "missing_library, failed.",
+            ("reason",),
             registry=registry,
         )
         self.engine_builds = Counter(

@@ -8,9 +8,10 @@ from server.artifact import Artifact, read_artifact
 from server.background import Background
 from server.building import Building
 from server.errors import Draining, StartupError
+from server.gpus import GpuCollector
 from server.metrics import Metrics
 from server.model import Model
-from server.providers import CPU, Device, usable_cores, usable_devices
+from server.providers import CPU, Device, Devices, find_devices, usable_cores
 from server.scheduler import Cores
 from server.settings import Settings
 from server.split import Splits
@@ -26,13 +27,14 @@ class Opener:
         metrics: The process's metrics.
 
     Attributes:
+        devices: What there is to run on, once it was looked for.
         background: Where it works; comparisons of new versions take turns with it.
         is_stopping: Set it when nothing more may be opened.
     """
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self._settings, self._metrics = settings, metrics
-        self._devices: tuple[Device, ...] = ()
+        self.devices = Devices(())
         self.background = Background()
         self._building = Building(settings, metrics, self.background)
         self._cores = Cores(usable_cores())
@@ -46,7 +48,14 @@ class Opener:
         Raises:
             ProviderUnavailable: If a GPU is required and none works.
         """
-        self._devices = await asyncio.to_thread(usable_devices, self._settings.gpu)
+        settings = self._settings
+        self.devices = found = await asyncio.to_thread(find_devices, settings.gpu, settings.gpu_memory_bytes)
+        gpus = sorted({device.index for device in found.usable if device.kind != CPU.kind})
+        if gpus:
+            self._metrics.registry.register(GpuCollector(gpus))
+        elif settings.gpu == "prefer":
+            for obstacle in found.unused.values():
+                self._metrics.gpu_fallback.labels(obstacle.code).set(1)
 
     async def open(self, folder: Path) -> Model:
         """Read, verify, open and warm up a version; it is not started.
@@ -61,7 +70,7 @@ class Opener:
         self._require_not_stopping()
         low_priority = self._has_no_threads(artifact)
         model = await self.background.run(
-            _load, artifact, self._devices, self._settings, self._metrics, self._splits, low=low_priority
+            _load, artifact, self.devices.usable, self._settings, self._metrics, self._splits, low=low_priority
         )
         if self.is_stopping:
             model.close()
@@ -71,7 +80,7 @@ class Opener:
     def start(self, model: Model) -> None:
         """Start an opened model, and begin to build the engines that it could use."""
         model.start(self._cores)
-        self._building.begin(model, self._devices)
+        self._building.begin(model, self.devices.usable)
 
     async def stop(self) -> None:
         """Open nothing more, and end the build of engines."""
@@ -86,7 +95,7 @@ class Opener:
         # Threads of a session's pool, and those of a GPU driver, inherit the priority of the thread that opens it.
         may_split = not self._settings.cpu_instances and self._splits.may_start_threads(artifact.name)
         has_one_each = all(variant.options.intra_op_threads == 1 for variant in artifact.variants)
-        return self._devices == (CPU,) and has_one_each and not may_split
+        return self.devices.usable == (CPU,) and has_one_each and not may_split
 
 
 def _read(folder: Path) -> Artifact:

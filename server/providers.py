@@ -5,11 +5,12 @@ compiled in, not those that work. So a provider counts as usable only after a se
 every session is asked which providers it really holds. This is the only module of the runtime that imports onnxruntime.
 """
 
-import ctypes
-import importlib.util
+import contextlib
+import io
 import logging
 import os
 from collections.abc import Sequence
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,7 @@ import numpy as np
 
 from server.artifact import SessionOptions
 from server.errors import ArtifactError, EnvironmentConflict, ProviderUnavailable, StartupError, UnsupportedModel
+from server.libraries import Obstacle, count_gpus, missing_cuda, missing_tensorrt
 
 IMPORT_FAILURE = ""
 try:
@@ -35,6 +37,36 @@ _EXECUTION_PROVIDER: dict[str, str] = {
     "cuda": "CUDAExecutionProvider",
     "tensorrt": "TensorrtExecutionProvider",
 }
+PROVIDER_OPTIONS: dict[str, frozenset[str]] = {
+    "cpu": frozenset(),
+    "cuda": frozenset(
+        {
+            *("arena_extend_strategy", "cudnn_conv_algo_search", "cudnn_conv_use_max_workspace"),
+            *("cudnn_conv1d_pad_to_nc1d", "enable_cuda_graph", "enable_cudnn", "fuse_conv_bias", "gpu_mem_limit"),
+            *("prefer_nhwc", "sdpa_kernel", "use_tf32"),
+        }
+    ),
+    "tensorrt": frozenset(
+        {
+            *("trt_auxiliary_streams", "trt_builder_optimization_level", "trt_cuda_graph_enable"),
+            *(
+                "trt_engine_cache_enable",
+                "trt_engine_cache_path",
+                "trt_engine_cache_prefix",
+                "trt_engine_hw_compatible",
+            ),
+            *("trt_max_workspace_size", "trt_op_types_to_exclude", "trt_profile_max_shapes", "trt_profile_min_shapes"),
+            *("trt_profile_opt_shapes", "trt_sparsity_enable", "trt_timing_cache_enable", "trt_timing_cache_path"),
+        }
+    ),
+}
+"""What a variant may set. Not the number of the GPU, which is its lane's, nor a precision, which is its file's."""
+
+_CUDA_OPTIONS = {
+    "use_tf32": "0",  # it would cut FP32 to 10 bits of mantissa, and a variant called fp32 would not be one
+    "arena_extend_strategy": "kSameAsRequested",  # doubling would keep memory from the other models of the GPU
+    "cudnn_conv_algo_search": "HEURISTIC",  # the exhaustive one would stop the first batch of every new size
+}
 _GRAPH_LEVEL = {
     "disable": "ORT_DISABLE_ALL",
     "basic": "ORT_ENABLE_BASIC",
@@ -43,6 +75,9 @@ _GRAPH_LEVEL = {
 }
 EXACT_PRODUCTS = "session.x64quantprecision"
 """Session entry: compute INT8 products exactly where the CPU would saturate them, see ``saturates_int8``."""
+
+RECORD_PLACEMENT = "session.record_ep_graph_assignment_info"
+"""Session entry: remember which provider got which node, see ``placement_of``."""
 
 _INT8_DOT_PRODUCT = frozenset({"avx512_vnni", "avx_vnni"})
 _CPUINFO = Path("/proc/cpuinfo")
@@ -71,10 +106,12 @@ class Device(msgspec.Struct, frozen=True):
     Attributes:
         kind: ``tensorrt`` is the GPU through TensorRT, ``cuda`` the GPU without it.
         index: Number of the GPU; 0 for the CPU.
+        memory_bytes: Most memory that a session's arena may take on the GPU; 0 sets no limit.
     """
 
     kind: Kind
     index: int = 0
+    memory_bytes: int = 0
 
     @property
     def name(self) -> str:
@@ -143,30 +180,44 @@ def check_environment(search_path: Sequence[str] | None = None) -> str:
     return owner
 
 
-def usable_devices(gpu: str) -> tuple[Device, ...]:
-    """Return the devices on which a session really runs, the fastest kind first and the CPU last.
+class Devices(msgspec.Struct, frozen=True):
+    """What there is to run on.
+
+    Attributes:
+        usable: The devices on which a session really runs, the fastest kind first and the CPU last.
+        unused: Why others are not among them, by the device's name, or ``gpu`` for all GPUs.
+    """
+
+    usable: tuple[Device, ...]
+    unused: dict[str, Obstacle] = {}
+
+
+def find_devices(gpu: str, memory_bytes: int = 0) -> Devices:
+    """Find out on which devices a session really runs.
 
     Blocks while it tries a tiny model on each GPU.
 
     Args:
         gpu: ``off``, ``prefer`` or ``require``, see ``Settings.gpu``.
+        memory_bytes: Of each session on a GPU, see ``Device``.
 
     Raises:
         ProviderUnavailable: If ``gpu`` is ``require`` and no GPU works; the message holds every reason.
     """
     if gpu == "off":
-        return (CPU,)
-    count, reason = _count_gpus()
-    reasons = [reason] if reason else []
+        return Devices((CPU,))
+    count, obstacle = _count_gpus()
+    unused = {"gpu": obstacle} if obstacle is not None else {}
     devices: list[Device] = []
     kinds: tuple[Kind, ...] = ("tensorrt", "cuda")
     for kind in kinds:
-        for index in range(count):
-            device = Device(kind, index)
-            if failure := _try_device(device):
-                reasons.append(f"{device.name}: {failure}")
+        for index in range(0 if obstacle is not None else count):
+            device = Device(kind, index, memory_bytes)
+            if (failure := _try_device(device)) is not None:
+                unused[device.name] = failure
             else:
                 devices.append(device)
+    reasons = [f"{name}: {found.text}" if name != "gpu" else found.text for name, found in unused.items()]
     if gpu == "require" and not devices:
         raise ProviderUnavailable(
             f"no GPU can be used: {'; '.join(reasons)}. Cure that, or allow the CPU with SLIPSTREAM_GPU=prefer"
@@ -174,7 +225,12 @@ def usable_devices(gpu: str) -> tuple[Device, ...]:
     for text in reasons:
         # A CPU build, or a machine without a driver, is no accident; a GPU that fails is one.
         logger.log(logging.WARNING if count else logging.INFO, "not used: %s", text)
-    return (*devices, CPU)
+    return Devices((*devices, CPU), unused)
+
+
+def usable_devices(gpu: str) -> tuple[Device, ...]:
+    """Return what ``find_devices`` finds usable."""
+    return find_devices(gpu).usable
 
 
 def open_ort_session(model: Path | bytes, device: Device, options: SessionOptions) -> "onnxruntime.InferenceSession":
@@ -188,11 +244,13 @@ def open_ort_session(model: Path | bytes, device: Device, options: SessionOption
         options: Threads, optimization level and config entries.
 
     Raises:
-        ArtifactError: If the file cannot be read as a model, or if the options name an unknown optimization level.
+        ArtifactError: If the file cannot be read as a model, or if the options name an unknown optimization level, or
+            an option that its provider does not have.
         UnsupportedModel: If onnxruntime reads the model but cannot run it.
-        ProviderUnavailable: If the device's provider is not built in, cannot be created, or is not the active one.
+        ProviderUnavailable: If the device's provider is not built in, cannot be created, is not the active one, or
+            takes no node of the model.
     """
-    providers = _providers(device)
+    providers = _providers(device, options)
     wanted = providers[0][0]
     if wanted not in onnxruntime.get_available_providers():
         raise ProviderUnavailable(f"this onnxruntime is built without {wanted}; {device.name} needs the gpu extra")
@@ -204,7 +262,38 @@ def open_ort_session(model: Path | bytes, device: Device, options: SessionOption
             f"asked for {wanted}, but onnxruntime gave {active}; its own message is on stderr, "
             "most often a missing CUDA or cuDNN library"
         )
+    if device.kind != "cpu":
+        _require_nodes(session, device)
     return session
+
+
+def placement_of(session: "onnxruntime.InferenceSession") -> dict[str, dict[str, int]]:
+    """Return execution provider -> operator -> count of its nodes.
+
+    Sessions on a GPU tell; others only with the session entry ``session.record_ep_graph_assignment_info`` = ``1``.
+    onnxruntime lists the nodes as they were before it fused them for the provider.
+    """
+    placed: dict[str, dict[str, int]] = {}
+    for subgraph in session.get_provider_graph_assignment_info():
+        ops = placed.setdefault(subgraph.ep_name, {})
+        for node in subgraph.get_nodes():
+            name = f"{node.domain}:{node.op_type}" if node.domain else node.op_type
+            ops[name] = ops.get(name, 0) + 1
+    return placed
+
+
+def _require_nodes(session: "onnxruntime.InferenceSession", device: Device) -> None:
+    """Require that the GPU computes something, and say what it leaves to the CPU."""
+    placed = placement_of(session)
+    on_cpu = placed.pop(_EXECUTION_PROVIDER["cpu"], {})
+    if on_cpu and not placed:
+        raise ProviderUnavailable(f"no operator of the model runs on {device.name}, all on the CPU: {_told(on_cpu)}")
+    if on_cpu:
+        logger.info("%s leaves %d nodes to the CPU: %s", device.name, sum(on_cpu.values()), _told(on_cpu))
+
+
+def _told(ops: dict[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in sorted(ops.items()))
 
 
 def _create(
@@ -224,16 +313,21 @@ def _create(
         raise UnsupportedModel(f"onnxruntime cannot open {source} on {device.name}: {_first_line(exc)}") from exc
 
 
-def _providers(device: Device) -> list[tuple[str, dict[str, str]]]:
+def _providers(device: Device, options: SessionOptions) -> list[tuple[str, dict[str, str]]]:
     cpu: tuple[str, dict[str, str]] = (_EXECUTION_PROVIDER["cpu"], {})
+    own = options.provider_options
+    if unknown := sorted(own.keys() - PROVIDER_OPTIONS[device.kind]):
+        allowed = ", ".join(sorted(PROVIDER_OPTIONS[device.kind])) or "none"
+        raise ArtifactError(f"provider_options has {', '.join(unknown)}; allowed on {device.kind}: {allowed}")
     if device.kind == "cpu":
         return [cpu]
-    # TF32 would cut FP32 to 10 bits of mantissa, and a variant called fp32 would not be one.
-    cuda = (_EXECUTION_PROVIDER["cuda"], {"device_id": str(device.index), "use_tf32": "0"})
+    cuda = {"device_id": str(device.index), **_CUDA_OPTIONS}
+    if device.memory_bytes:
+        cuda["gpu_mem_limit"] = str(device.memory_bytes)
     if device.kind == "cuda":
-        return [cuda, cpu]
-    tensorrt = {"device_id": str(device.index), "trt_engine_cache_enable": "0"}
-    return [(_EXECUTION_PROVIDER["tensorrt"], tensorrt), cuda, cpu]
+        return [(_EXECUTION_PROVIDER["cuda"], {**cuda, **own}), cpu]
+    tensorrt = {"device_id": str(device.index), **own}
+    return [(_EXECUTION_PROVIDER["tensorrt"], tensorrt), (_EXECUTION_PROVIDER["cuda"], cuda), cpu]
 
 
 def _ort_options(device: Device, options: SessionOptions) -> "onnxruntime.SessionOptions":
@@ -248,51 +342,42 @@ def _ort_options(device: Device, options: SessionOptions) -> "onnxruntime.Sessio
     made.add_session_config_entry("session.intra_op.allow_spinning", "1" if options.spinning else "0")
     # Only there: on other CPUs it would give up the dot product, and most of INT8's gain.
     needed = {EXACT_PRODUCTS: "1"} if device.kind == "cpu" and saturates_int8() else {}
+    if device.kind != "cpu":
+        needed[RECORD_PLACEMENT] = "1"
     for key, value in {**needed, **options.config}.items():
         made.add_session_config_entry(key, value)
     return made
 
 
-def _count_gpus() -> tuple[int, str]:
-    """Count the GPUs through the driver, which is silent, before onnxruntime, which is not; else say why none."""
+def _count_gpus() -> tuple[int, Obstacle | None]:
     if _EXECUTION_PROVIDER["cuda"] not in onnxruntime.get_available_providers():
-        return 0, "the installed onnxruntime is a CPU build, no GPU is tried"
-    try:
-        driver: Any = ctypes.CDLL("libcuda.so.1")
-    except OSError as exc:
-        return 0, f"no NVIDIA driver ({exc})"
-    count = ctypes.c_int(0)
-    if (code := driver.cuInit(0)) or (code := driver.cuDeviceGetCount(ctypes.byref(count))):
-        return 0, f"the NVIDIA driver offers no GPU (CUDA error {code})"
-    return count.value, "" if count.value else "the NVIDIA driver offers no GPU"
+        return 0, Obstacle("cpu_build", "the installed onnxruntime is a CPU build, no GPU is tried")
+    return count_gpus()
 
 
-def _try_device(device: Device) -> str:
-    """Run the probe model on a GPU; return why it fails, or nothing."""
+@cache
+def _preload() -> None:
+    """Load what lies in the packages of CUDA, which no path of the linker names."""
     if hasattr(onnxruntime, "preload_dlls"):
-        onnxruntime.preload_dlls()
-    if device.kind == "tensorrt" and (failure := _load_tensorrt()):
-        return failure
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints what it misses; ``missing_cuda`` tells that better
+            onnxruntime.preload_dlls()
+
+
+def _try_device(device: Device) -> Obstacle | None:
+    """Run the probe model on a GPU; return why it fails."""
+    _preload()
+    missing = missing_cuda()
+    if missing is None and device.kind == "tensorrt":
+        missing = missing_tensorrt()
+    if missing is not None:
+        return missing
     failures: tuple[type[Exception], ...] = (StartupError, *ort_errors())
     try:
         session = open_ort_session(PROBE_MODEL, device, SessionOptions())
         (answer,) = session.run(None, {"x": np.array([1.5], np.float32)})
     except failures as exc:
-        return _first_line(exc)
-    return "" if answer.tolist() == [3.0] else f"1.5 + 1.5 gave {answer.tolist()}"
-
-
-def _load_tensorrt() -> str:
-    """Load TensorRT 10, for which onnxruntime's provider is linked; return why it is not there, or nothing."""
-    spec = importlib.util.find_spec("tensorrt_libs")
-    folders = [Path(place) for place in (spec.submodule_search_locations or [])] if spec else []
-    for library in ("libnvinfer.so.10", "libnvonnxparser.so.10"):
-        places = [str(folder / library) for folder in folders if (folder / library).is_file()]
-        try:
-            ctypes.CDLL(next(iter(places), library), mode=ctypes.RTLD_GLOBAL)
-        except OSError as exc:
-            return f"TensorRT 10 is not installed ({exc})"
-    return ""
+        return Obstacle("failed", _first_line(exc))
+    return None if answer.tolist() == [3.0] else Obstacle("failed", f"1.5 + 1.5 gave {answer.tolist()}")
 
 
 def _owns_onnxruntime(dist: metadata.Distribution) -> bool:

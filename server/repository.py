@@ -98,6 +98,11 @@ class Repository:
         """Return (name, version) -> lanes of it that get no work because they fail, as ``variant on device``."""
         return {(model.name, model.version): model.lanes_down for model in self._opened() if model.lanes_down}
 
+    @property
+    def unused_devices(self) -> dict[str, str]:
+        """Return device, or ``gpu`` for all GPUs -> why it is not used though it may be."""
+        return {name: obstacle.text for name, obstacle in self._opener.devices.unused.items()}
+
     # Look-up.
 
     def names(self) -> list[str]:

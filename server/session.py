@@ -15,7 +15,7 @@ import numpy as np
 
 from server.artifact import LatencyTable, SessionOptions
 from server.errors import InferenceFailed, SignatureMismatch, UnsupportedModel
-from server.providers import Device, open_ort_session, ort_errors
+from server.providers import Device, open_ort_session, ort_errors, placement_of
 from server.tensors import NUMPY_DTYPE, Array, Signature, Tensors, spec_of_ort
 
 logger = logging.getLogger(__name__)
@@ -105,18 +105,8 @@ class Session:
         }
 
     def placement(self) -> dict[str, dict[str, int]]:
-        """Return execution provider -> operator -> count of its nodes.
-
-        The session's options must hold ``session.record_ep_graph_assignment_info`` = ``1``; else nothing is known.
-        onnxruntime lists the nodes as they were before it fused them for the provider.
-        """
-        placed: dict[str, dict[str, int]] = {}
-        for subgraph in self._session.get_provider_graph_assignment_info():
-            ops = placed.setdefault(subgraph.ep_name, {})
-            for node in subgraph.get_nodes():
-                name = f"{node.domain}:{node.op_type}" if node.domain else node.op_type
-                ops[name] = ops.get(name, 0) + 1
-        return placed
+        """Return execution provider -> operator -> count of its nodes, see ``providers.placement_of``."""
+        return placement_of(self._session)
 
     def close(self) -> None:
         """Release the model once the runs in progress have ended; later runs fail."""

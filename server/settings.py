@@ -22,6 +22,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         slab_bytes: Memory that each front end, and the engine for it, shares for requests under way; with workers.
         gpu: ``prefer`` serves on the GPU where it really works and on the CPU otherwise, and says so; ``require``
             refuses to become ready without it; ``off`` never looks.
+        gpu_memory_bytes: Most memory that each session may take on a GPU; 0 sets no limit.
         engines: ``build`` builds TensorRT engines for the models in service where such a device works, and swaps them
             in; ``off`` builds none.
         engine_cache: Folder where engines are kept for the next start.
@@ -57,6 +58,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     workers: int = 1
     slab_bytes: int = 64 * 1024 * 1024
     gpu: str = "prefer"
+    gpu_memory_bytes: int = 0
     engines: str = "build"
     engine_cache: Path = Path(".slipstream") / "engines"
     engine_builder: str = ""
@@ -83,6 +85,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         _require(self.gpu in ("prefer", "require", "off"), "gpu", self.gpu, "prefer, require or off")
+        _require(self.gpu_memory_bytes >= 0, "gpu_memory_bytes", self.gpu_memory_bytes, "0 or more")
         _require(self.engines in ("build", "off"), "engines", self.engines, "build or off")
         _require(self.log_format in ("plain", "json"), "log_format", self.log_format, "plain or json")
         _require(0 <= self.port < 65536, "port", self.port, "0 to 65535")

@@ -53,6 +53,7 @@ class FakeRepository:
         self.models = {version: FakeModel(version) for version in ("1", "2")}
         self.failures: dict[tuple[str, str], str] = {}
         self.lanes_down: dict[tuple[str, str], tuple[str, ...]] = {}
+        self.unused_devices: dict[str, str] = {}
         self.ready = True
         self.calls: list[str] = []
 

@@ -46,6 +46,12 @@ async def test_live_and_ready(client: httpx.AsyncClient) -> None:
     assert (ready.status_code, ready.json()) == (200, {"ready": True})
 
 
+async def test_ready_tells_why_the_cpu_serves(client: httpx.AsyncClient, repository: FakeRepository) -> None:
+    repository.unused_devices = {"cuda:0": "libcublas.so.13 not found"}
+    ready = await client.get("/v2/health/ready")
+    assert ready.json() == {"ready": True, "unused_devices": {"cuda:0": "libcublas.so.13 not found"}}
+
+
 async def test_not_ready_while_models_load(client: httpx.AsyncClient, repository: FakeRepository) -> None:
     repository.ready = False
     ready = await client.get("/v2/health/ready")

@@ -20,7 +20,7 @@ from server import building, lanes, opening
 from server.artifact import Batching, Golden, LatencyTable, Manifest, Profile, SessionOptions, Source, Variant
 from server.errors import InferenceFailed
 from server.metrics import Metrics
-from server.providers import CPU, Device
+from server.providers import CPU, Device, Devices
 from server.repository import Repository
 from server.session import Session
 from server.settings import Settings
@@ -75,7 +75,7 @@ def standing(monkeypatch: pytest.MonkeyPatch) -> None:
         return open_variant(folder, variant, devices, *rest)
 
     monkeypatch.setattr(lanes, "open_variant", opener)
-    monkeypatch.setattr(opening, "usable_devices", lambda _: (GPU, CPU))
+    monkeypatch.setattr(opening, "find_devices", lambda *_: Devices((GPU, CPU)))
     monkeypatch.setattr(Standing, "opened", [], raising=False)
     monkeypatch.setattr(Standing, "is_broken", False)
 
@@ -275,7 +275,7 @@ async def test_timeout_ends_the_builder(make, metrics, monkeypatch, caplog):
 async def test_nothing_is_built_without_such_a_device_or_when_off(make, monkeypatch, tmp_path):
     repository = make(engines="off")
     await repository.open()
-    monkeypatch.setattr(opening, "usable_devices", lambda _: (Device("cuda"), CPU))
+    monkeypatch.setattr(opening, "find_devices", lambda *_: Devices((Device("cuda"), CPU)))
     other = make()
     await other.open()
     assert not (tmp_path / "engines").exists()

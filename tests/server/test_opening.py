@@ -5,12 +5,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from prometheus_client.core import GaugeMetricFamily
 
 from server import opening
 from server.artifact import LatencyTable
+from server.libraries import Obstacle
 from server.metrics import Metrics
 from server.model import Model
 from server.opening import Opener
+from server.providers import CPU, Device, Devices
 from server.settings import Settings
 from server.split import Finding, Split, Trial
 from server.tensors import InferRequest
@@ -126,3 +129,33 @@ async def test_threads_of_a_measured_split_have_normal_priority(folder: Path, ma
     assert len(new - background) >= 2  # the lane's, and the session's own beside it
     mine = os.getpriority(os.PRIO_PROCESS, 0)
     assert {os.getpriority(os.PRIO_PROCESS, thread) for thread in new - background} == {mine}
+
+
+@pytest.mark.parametrize(("gpu", "told"), [("prefer", 1.0), ("off", None)])
+async def test_metric_says_that_the_cpu_serves_though_a_gpu_is_preferred(monkeypatch: pytest.MonkeyPatch, gpu, told):
+    absent = Devices((CPU,), {"gpu": Obstacle("no_driver", "no NVIDIA driver")})
+    monkeypatch.setattr(opening, "find_devices", lambda gpu, memory_bytes: absent if gpu != "off" else Devices((CPU,)))
+    metrics = Metrics()
+    opener = Opener(Settings(gpu=gpu), metrics)
+    await opener.find_devices()
+    assert metrics.registry.get_sample_value("slipstream_gpu_fallback", {"reason": "no_driver"}) == told
+    opener.background.close()
+
+
+async def test_gpus_in_use_are_read_at_each_scrape(monkeypatch: pytest.MonkeyPatch):
+    class Collector:
+        def __init__(self, indices: list[int]) -> None:
+            self._indices = indices
+
+        def collect(self):
+            yield GaugeMetricFamily("gpus", "", float(len(self._indices)))
+
+    found = Devices((Device("tensorrt", 1), Device("cuda"), Device("cuda", 1), CPU))
+    monkeypatch.setattr(opening, "find_devices", lambda *_: found)
+    monkeypatch.setattr(opening, "GpuCollector", Collector)
+    metrics = Metrics()
+    opener = Opener(Settings(), metrics)
+    await opener.find_devices()
+    assert b"gpus 2.0" in metrics.text()
+    assert b"slipstream_gpu_fallback{" not in metrics.text()
+    opener.background.close()

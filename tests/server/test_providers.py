@@ -1,6 +1,8 @@
-import ctypes
 import logging
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import onnx
@@ -10,12 +12,16 @@ import pytest
 from server import providers
 from server.artifact import SessionOptions
 from server.errors import ArtifactError, EnvironmentConflict, ProviderUnavailable
+from server.libraries import Obstacle
 from server.providers import (
     CPU,
     PROBE_MODEL,
     Device,
+    Devices,
     check_environment,
+    find_devices,
     open_ort_session,
+    placement_of,
     saturates_int8,
     usable_cores,
     usable_devices,
@@ -24,29 +30,13 @@ from server.providers import (
 GPU_BUILD = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
 
 
-class Driver:
-    """Stands in for libcuda.so.1, and fails to be any other library."""
-
-    def __init__(self, gpus: int, status: int = 0) -> None:
-        self.gpus, self.status = gpus, status
-
-    def __call__(self, name: str, mode: int = 0) -> "Driver":
-        if name != "libcuda.so.1":
-            raise OSError(f"{name}: cannot open shared object file")
-        return self
-
-    def cuInit(self, flags: int) -> int:  # noqa: N802
-        return self.status
-
-    def cuDeviceGetCount(self, count) -> int:  # noqa: N802
-        count._obj.value = self.gpus
-        return 0
-
-
 @pytest.fixture
 def gpu_build(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An onnxruntime that lists GPU providers which it cannot load, as the GPU wheel does without CUDA."""
+    """An onnxruntime that lists GPU providers which it cannot load, as the GPU wheel does without CUDA; two GPUs."""
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: list(GPU_BUILD))
+    monkeypatch.setattr(providers, "count_gpus", lambda: (2, None))
+    monkeypatch.setattr(providers, "missing_cuda", lambda: None)
+    monkeypatch.setattr(providers, "missing_tensorrt", lambda: None)
 
 
 def install(folder: Path, name: str, version: str, *, top_level: str | None = None, record: str = "") -> None:
@@ -161,43 +151,67 @@ def test_cpu_build_is_quiet_and_serves_on_the_cpu(monkeypatch: pytest.MonkeyPatc
     assert capfd.readouterr() == ("", "")
 
 
-def test_gpu_build_without_driver_says_so(gpu_build, monkeypatch: pytest.MonkeyPatch, caplog, capfd):
-    def no_driver(name: str) -> None:
-        raise OSError(f"{name}: cannot open shared object file")
-
-    monkeypatch.setattr(ctypes, "CDLL", no_driver)
+def test_gpu_build_without_driver_is_no_accident(gpu_build, monkeypatch: pytest.MonkeyPatch, caplog, capfd):
+    missing = Obstacle("no_driver", "no NVIDIA driver (libcuda.so.1: ...)")
+    monkeypatch.setattr(providers, "count_gpus", lambda: (0, missing))
     caplog.set_level(logging.INFO)
-    assert usable_devices("prefer") == (CPU,)
-    assert "no NVIDIA driver (libcuda.so.1: cannot open shared object file)" in caplog.text
+    assert find_devices("prefer") == Devices((CPU,), {"gpu": missing})
+    assert [(r.levelname, r.getMessage()) for r in caplog.records] == [("INFO", f"not used: {missing.text}")]
     assert capfd.readouterr() == ("", "")
+    with pytest.raises(ProviderUnavailable, match=r"^no GPU can be used: no NVIDIA driver .*SLIPSTREAM_GPU=prefer$"):
+        find_devices("require")
 
 
-@pytest.mark.parametrize(
-    ("driver", "reason"), [(Driver(0), "offers no GPU"), (Driver(1, status=100), r"offers no GPU \(CUDA error 100\)")]
-)
-def test_driver_without_gpu_is_refused_when_a_gpu_is_required(gpu_build, monkeypatch, driver, reason):
-    monkeypatch.setattr(ctypes, "CDLL", driver)
-    with pytest.raises(ProviderUnavailable, match=reason):
-        usable_devices("require")
+def test_old_driver_is_an_accident_and_no_gpu_is_tried(gpu_build, monkeypatch: pytest.MonkeyPatch, caplog):
+    monkeypatch.setattr(providers, "count_gpus", lambda: (2, Obstacle("old_driver", "update the driver")))
+    monkeypatch.setattr(providers, "_try_device", lambda _: pytest.fail("tried"))
+    assert usable_devices("prefer") == (CPU,)
+    assert [(r.levelname, r.getMessage()) for r in caplog.records] == [("WARNING", "not used: update the driver")]
+
+
+def test_missing_libraries_are_told_before_onnxruntime_is_asked(gpu_build, monkeypatch: pytest.MonkeyPatch, caplog):
+    absent = Obstacle("missing_library", "libcublas.so.13 not found")
+    monkeypatch.setattr(providers, "missing_cuda", lambda: absent)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *_, **__: pytest.fail("asked"))
+    names = ["tensorrt:0", "tensorrt:1", "cuda:0", "cuda:1"]
+    assert find_devices("prefer") == Devices((CPU,), dict.fromkeys(names, absent))
+    warned = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert warned == [f"not used: {name}: libcublas.so.13 not found" for name in names]
 
 
 @pytest.mark.filterwarnings("ignore:Specified provider")
-def test_gpu_that_fails_the_probe_is_not_used_and_each_reason_is_warned_of(gpu_build, monkeypatch, caplog):
-    monkeypatch.setattr(ctypes, "CDLL", Driver(2))
-    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None)
-    assert usable_devices("prefer") == (CPU,)
-    warned = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert len(warned) == 4
-    assert sum("TensorRT 10 is not installed (libnvinfer.so.10" in text for text in warned) == 2
-    assert sum("asked for CUDAExecutionProvider, but onnxruntime gave" in text for text in warned) == 2
+def test_gpu_that_fails_the_probe_is_not_used_and_each_reason_is_told(gpu_build, monkeypatch):
+    monkeypatch.setattr(providers, "missing_tensorrt", lambda: Obstacle("missing_library", "TensorRT 10 is missing"))
+    seen = find_devices("prefer")
+    assert seen.usable == (CPU,)
+    assert [(name, found.code) for name, found in seen.unused.items()] == [
+        *(("tensorrt:0", "missing_library"), ("tensorrt:1", "missing_library")),
+        *(("cuda:0", "failed"), ("cuda:1", "failed")),
+    ]
+    assert "asked for CUDAExecutionProvider, but onnxruntime gave ['CPU" in seen.unused["cuda:0"].text
     with pytest.raises(ProviderUnavailable, match=r"(?s)tensorrt:0.*cuda:1.*SLIPSTREAM_GPU=prefer"):
-        usable_devices("require")
+        find_devices("require")
+
+
+def test_libraries_of_packages_are_loaded_once_and_quietly(gpu_build, monkeypatch: pytest.MonkeyPatch, capsys):
+    calls = []
+    monkeypatch.setattr(
+        onnxruntime, "preload_dlls", lambda: calls.append(sys.stdout.write("Failed to load libcublas.so.13\n"))
+    )
+    monkeypatch.setattr(providers, "missing_cuda", lambda: Obstacle("missing_library", "absent"))
+    providers._preload.cache_clear()
+    find_devices("prefer")
+    assert len(calls) == 1
+    assert capsys.readouterr().out == ""
 
 
 def test_working_gpus_come_before_the_cpu_and_tensorrt_first(gpu_build, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(ctypes, "CDLL", Driver(2))
-    monkeypatch.setattr(providers, "_try_device", lambda device: "broken" if device.name == "tensorrt:1" else "")
-    assert [device.name for device in usable_devices("prefer")] == ["tensorrt:0", "cuda:0", "cuda:1", "cpu"]
+    broken = Obstacle("failed", "broken")
+    monkeypatch.setattr(providers, "_try_device", lambda device: broken if device.name == "tensorrt:1" else None)
+    seen = find_devices("prefer", 1 << 30)
+    assert [device.name for device in seen.usable] == ["tensorrt:0", "cuda:0", "cuda:1", "cpu"]
+    assert {device.memory_bytes for device in seen.usable if device != CPU} == {1 << 30}
+    assert seen.unused == {"tensorrt:1": broken}
 
 
 @pytest.mark.filterwarnings("ignore:Specified provider")
@@ -218,6 +232,18 @@ class RecordingSession:
     def __init__(self, model, sess_options, providers, enable_fallback) -> None:
         self.options, self.providers, self.fallback = sess_options, providers, enable_fallback
 
+    # Where the nodes are: provider -> operators.
+    placed: ClassVar[dict[str, list[str]]] = {}
+
+    def get_provider_graph_assignment_info(self) -> list[SimpleNamespace]:
+        def node(kind: str) -> SimpleNamespace:
+            return SimpleNamespace(domain="", op_type=kind)
+
+        def subgraph(name: str, kinds: list[str]) -> SimpleNamespace:
+            return SimpleNamespace(ep_name=name, get_nodes=lambda: [node(kind) for kind in kinds])
+
+        return [subgraph(name, kinds) for name, kinds in self.placed.items()]
+
     def disable_fallback(self) -> None:
         self.fallback = "disabled"
 
@@ -228,20 +254,75 @@ class RecordingSession:
         return [inputs["x"] * 0]
 
 
+CUDA_DEFAULTS = {
+    "use_tf32": "0",
+    "arena_extend_strategy": "kSameAsRequested",
+    "cudnn_conv_algo_search": "HEURISTIC",
+}
+
+
 def test_gpu_session_keeps_fp32_exact_and_never_falls_back(gpu_build, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(onnxruntime, "InferenceSession", RecordingSession)
     opened = open_ort_session(b"", Device("tensorrt", 1), SessionOptions())
     assert opened.providers == [
-        ("TensorrtExecutionProvider", {"device_id": "1", "trt_engine_cache_enable": "0"}),
-        ("CUDAExecutionProvider", {"device_id": "1", "use_tf32": "0"}),
+        ("TensorrtExecutionProvider", {"device_id": "1"}),
+        ("CUDAExecutionProvider", {"device_id": "1", **CUDA_DEFAULTS}),
         ("CPUExecutionProvider", {}),
     ]
     assert opened.fallback == "disabled"
+    assert _has_entry(opened.options, providers.RECORD_PLACEMENT, "1")
+
+
+def test_limit_of_memory_and_a_variants_own_options_reach_the_provider(gpu_build, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(onnxruntime, "InferenceSession", RecordingSession)
+    own = SessionOptions(provider_options={"use_tf32": "1", "prefer_nhwc": "1"})
+    opened = open_ort_session(b"", Device("cuda", 0, 1 << 30), own)
+    assert dict(opened.providers)["CUDAExecutionProvider"] == {
+        **CUDA_DEFAULTS,
+        "device_id": "0",
+        "gpu_mem_limit": "1073741824",
+        "use_tf32": "1",
+        "prefer_nhwc": "1",
+    }
+    own = SessionOptions(provider_options={"trt_builder_optimization_level": "5"})
+    opened = open_ort_session(b"", Device("tensorrt"), own)
+    assert opened.providers[0][1] == {"device_id": "0", "trt_builder_optimization_level": "5"}
+
+
+@pytest.mark.parametrize(
+    ("device", "option", "told"),
+    [
+        (CPU, "use_tf32", "allowed on cpu: none"),
+        (Device("cuda"), "device_id", r"allowed on cuda: arena_extend_strategy, .*use_tf32$"),
+        (Device("tensorrt"), "trt_fp16_enable", "allowed on tensorrt: trt_auxiliary_streams"),
+    ],
+)
+def test_option_that_a_provider_does_not_take_is_refused(gpu_build, mlp: Path, device, option, told):
+    with pytest.raises(ArtifactError, match=f"provider_options has {option}; {told}"):
+        open_ort_session(mlp, device, SessionOptions(provider_options={option: "1"}))
+
+
+def test_nodes_that_a_gpu_leaves_to_the_cpu_are_told(gpu_build, monkeypatch: pytest.MonkeyPatch, caplog):
+    placed = {"CUDAExecutionProvider": ["MatMul"], "CPUExecutionProvider": ["Loop", "NonZero", "Loop"]}
+    monkeypatch.setattr(RecordingSession, "placed", placed)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", RecordingSession)
+    caplog.set_level(logging.INFO)
+    opened = open_ort_session(b"", Device("cuda"), SessionOptions())
+    assert caplog.messages == ["cuda:0 leaves 3 nodes to the CPU: 2 Loop, 1 NonZero"]
+    assert placement_of(opened) == {
+        "CUDAExecutionProvider": {"MatMul": 1},
+        "CPUExecutionProvider": {"Loop": 2, "NonZero": 1},
+    }
+
+
+def test_active_provider_that_computes_nothing_is_refused(gpu_build, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(RecordingSession, "placed", {"CPUExecutionProvider": ["Loop"]})
+    monkeypatch.setattr(onnxruntime, "InferenceSession", RecordingSession)
+    with pytest.raises(ProviderUnavailable, match="no operator of the model runs on cuda:0, all on the CPU: 1 Loop"):
+        open_ort_session(b"", Device("cuda"), SessionOptions())
 
 
 def test_gpu_that_computes_wrongly_is_not_used(gpu_build, monkeypatch: pytest.MonkeyPatch, caplog):
-    monkeypatch.setattr(ctypes, "CDLL", Driver(1))
-    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None)
     monkeypatch.setattr(onnxruntime, "InferenceSession", RecordingSession)
     assert usable_devices("prefer") == (CPU,)
     assert "cuda:0: 1.5 + 1.5 gave [0.0]" in caplog.text

@@ -4,13 +4,14 @@ PORT ?= 8000
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint bench loadtest clean run-venv test-venv
+.PHONY: help run test lint bench gpu-check loadtest clean run-venv test-venv
 
 help:
 	@echo 'make run       optimize two real models and serve them on port $(PORT) (another one: make run PORT=8001)'
 	@echo 'make test      make lint, then the whole test suite (some of it: make test TESTS=tests/server)'
 	@echo 'make lint      ruff, mypy --strict and the layers'
 	@echo 'make bench     raw onnxruntime, this server and a plain FastAPI handler in one interleaved run (options: BENCH=)'
+	@echo 'make gpu-check check and measure the GPU of this machine (options: GPU=; without one: GPU=--rehearse)'
 	@echo 'make loadtest  Locust against a server that it starts; results in loadtests/results'
 	@echo 'make clean     remove .venv, caches, models and results'
 
@@ -29,6 +30,9 @@ lint: test-venv
 bench: test-venv
 	@$(BIN)/python -m deploy.quickstart --no-serve
 	@$(BIN)/python -m benchmarks $(BENCH)
+
+gpu-check:
+	@$(or $(wildcard $(BIN)/python),python3) -m benchmarks.gpu $(GPU)
 
 loadtest: test-venv
 	@$(BIN)/python -m deploy.quickstart --no-serve

@@ -48,7 +48,7 @@ def main() -> int:
         check_environment()
         device = CPU if options.rehearse else usable_devices("require")[0]
     except ProviderUnavailable as exc:
-        sys.stderr.write(f"Error: {exc}\n")
+        sys.stderr.write(f"Error: {exc}\nTo try the check itself on the CPU: python -m benchmarks.gpu --rehearse\n")
         return _NO_GPU
     except (SlipstreamError, OptimizerError) as exc:
         sys.stderr.write(f"Error: {exc}\n")

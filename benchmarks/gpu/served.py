@@ -177,12 +177,13 @@ def _failing(runners: list[Opened]) -> Iterator[None]:
     def lost(*_: object, **__: object) -> None:
         raise InferenceFailed("CUDA failure 719: unspecified launch failure (a switch of this check)")
 
-    for runner in runners:
+    shared = {id(runner): runner for runner in runners}.values()  # lanes may share a session
+    for runner in shared:
         runner.run = lost  # type: ignore[assignment,method-assign]
     try:
         yield
     finally:
-        for runner in runners:
+        for runner in shared:
             del runner.run
 
 

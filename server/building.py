@@ -91,12 +91,12 @@ class Building:
         try:
             engine = await self._run_builder(model.artifact.folder, manifest, source, device)
             # Threads of a GPU driver inherit the priority of the thread that opens it.
-            lane = await self._background.run(model.open_engine, engine, source, device, low=False)
-            if not _is_faster(lane, [other for other in model.lanes if other.variant != lane.variant]):
+            lanes = await self._background.run(model.open_engine, engine, source, device, low=False)
+            if not _is_faster(lanes[0], [other for other in model.lanes if other.variant != engine.name]):
                 logger.warning("%s is no faster than what serves and is not used", title)
-                model.discard(lane)
+                model.discard(lanes)
                 return "slower"
-            model.adopt(lane)
+            model.adopt(lanes)
         except Draining:
             return "late"
         except Exception as exc:  # Whatever a builder makes fail must not harm what serves.

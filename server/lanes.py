@@ -3,7 +3,7 @@
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property, partial
 
 import msgspec
@@ -24,6 +24,9 @@ from server.tensors import Signature, TensorSpec
 from server.worker import INLINE_LANE_S
 
 logger = logging.getLogger(__name__)
+
+GPU_LANES = 2
+"""Of a variant on a GPU: the host copies and splits one batch while the GPU computes the other."""
 
 _BUDGET_SHARE = 0.5  # of the time that opening took until then, for measuring splits of slow models
 _PLAIN_S, _FOREIGN_S = 1.0, 0.5  # for a latency table
@@ -98,8 +101,8 @@ class Lanes:
             for (variant, device, threads), instances in groups.items()
         ]
 
-    def open_engine(self, engine: Variant, source: Variant, device: Device) -> LaneSpec:
-        """Open a lane for an engine that was built of a variant in service; ``close`` closes it with the others.
+    def open_engine(self, engine: Variant, source: Variant, device: Device) -> list[LaneSpec]:
+        """Open lanes for an engine that was built of a variant in service; ``close`` closes them with the others.
 
         Blocks, in any thread. The engine is checked against the golden outputs as every variant is, and measured.
 
@@ -122,13 +125,13 @@ class Lanes:
             raise Draining(f"{self._title} was closed while an engine was opened")
         sample = self._sample(session)
         latency = self._measure(session, sample)
-        return LaneSpec(
-            engine.name, device.name, session, latency, 1, agreement=_agreement_of(source), probe=sample.probe
-        )
+        agreement = _agreement_of(source)
+        lane = LaneSpec(engine.name, device.name, session, latency, 1, agreement=agreement, probe=sample.probe)
+        return [lane] * GPU_LANES
 
-    def discard(self, lane: LaneSpec) -> None:
-        """Release the lane of an engine."""
-        for session in [session for session in self._sessions if session is lane.runner]:
+    def discard(self, lanes: Sequence[LaneSpec]) -> None:
+        """Release the lanes of an engine."""
+        for session in [session for session in self._sessions if any(session is lane.runner for lane in lanes)]:
             session.close()
             self._sessions.remove(session)
 
@@ -182,7 +185,7 @@ class Lanes:
     def _split_of(self, variant: Variant, device: Device, *, is_main: bool, is_foreign: bool) -> Split:
         """Return how lanes of a variant use the device unless that is measured now."""
         if device.kind != "cpu":
-            return Split(1 + len(variant.stages), 1)
+            return Split(1 + len(variant.stages) if variant.stages else GPU_LANES, 1)
         cores = usable_cores()
         if variant.stages:  # a batch is in one stage at a time
             stages = 1 + len(variant.stages)

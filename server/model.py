@@ -5,7 +5,7 @@ Free of HTTP: a request comes as an ``InferRequest`` and leaves as an ``InferRes
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from server.artifact import Artifact, Variant
@@ -147,28 +147,29 @@ class Model:
             self._metrics.variant_served(variant, variant in self.variants)
         self._metrics.ready(True)
 
-    def open_engine(self, engine: Variant, source: Variant, device: Device) -> LaneSpec:
-        """Open a lane for an engine that was built of a variant in service; see ``Lanes.open_engine``. Blocks."""
+    def open_engine(self, engine: Variant, source: Variant, device: Device) -> list[LaneSpec]:
+        """Open lanes for an engine that was built of a variant in service; see ``Lanes.open_engine``. Blocks."""
         return self._lanes.open_engine(engine, source, device)
 
-    def adopt(self, lane: LaneSpec) -> None:
-        """Take a lane into service, from one step of the loop to the next, ahead of all others.
+    def adopt(self, lanes: Sequence[LaneSpec]) -> None:
+        """Take lanes into service, from one step of the loop to the next, ahead of all others.
 
         On the event loop, while it serves. The lanes that are there stay, for overflow and for failures.
 
         Raises:
-            Draining: If it serves no more; the lane is closed with the others.
+            Draining: If it serves no more; they are closed with the others.
         """
         if self._scheduler is None or not self.ready:
             raise Draining(f"{self.name}/{self.version} is {self.state}")
-        self._lanes.specs.insert(0, lane)
-        self._scheduler.prefer([lane])
+        self._lanes.specs[:0] = lanes
+        self._scheduler.prefer(lanes)
         self.variants = tuple(dict.fromkeys(spec.variant for spec in self._lanes.specs))
-        self._metrics.variant_served(lane.variant, True)
+        for lane in lanes:
+            self._metrics.variant_served(lane.variant, True)
 
-    def discard(self, lane: LaneSpec) -> None:
-        """Release the lane of an engine that is not adopted."""
-        self._lanes.discard(lane)
+    def discard(self, lanes: Sequence[LaneSpec]) -> None:
+        """Release the lanes of an engine that is not adopted."""
+        self._lanes.discard(lanes)
 
     def begin(self, request: InferRequest) -> Future:
         """Run one request, alone or in a batch with others.

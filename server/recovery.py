@@ -51,11 +51,19 @@ class Recovery:
         now = self._clock()
         worker.breaker.failed(now, run.probe_passed)
         if worker.breaker.open:
-            pause_s = worker.breaker.retry_at_s - now
-            logger.error("lane %s is down; it is tried again in %.1f s", _name(worker), pause_s)
-            self._set(worker, up=False)
-            self._timer.set(worker.breaker.retry_at_s, now)
+            self._take_down(worker, now)
+            # Lanes that share its session would fail as well, and what is tried once more must not go to one of them.
+            for other in self._workers:
+                if other.spec.runner is worker.spec.runner and not other.breaker.open:
+                    other.breaker.failed(now, False)
+                    self._take_down(other, now)
         return worker.breaker.open
+
+    def _take_down(self, worker: Worker, now: float) -> None:
+        pause_s = worker.breaker.retry_at_s - now
+        logger.error("lane %s is down; it is tried again in %.1f s", _name(worker), pause_s)
+        self._set(worker, up=False)
+        self._timer.set(worker.breaker.retry_at_s, now)
 
     def probed(self, worker: Worker, passed: bool) -> None:
         """Note the outcome of a probe."""

@@ -140,7 +140,7 @@ def test_variant_without_its_device_is_refused_quietly(tmp_path: Path, mlp: Path
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
-def test_gpu_lanes_come_before_cpu_lanes(tmp_path: Path, mlp: Path, every_device_works):
+def test_lanes_of_a_gpu_come_before_those_of_the_cpu_and_two_share_a_session(tmp_path: Path, mlp: Path, every_device_works):
     folder = write_artifact(tmp_path, "mlp", "1", {"fp32": mlp, "fp16": mlp, "int8": mlp})
     fp32, fp16, int8 = read_artifact(folder).variants
     on = msgspec.structs.replace
@@ -148,18 +148,19 @@ def test_gpu_lanes_come_before_cpu_lanes(tmp_path: Path, mlp: Path, every_device
     devices = (TENSORRT, CUDA, Device("cuda", 1), CPU)
     lanes = Lanes(read_artifact(folder), devices, cpu_instances=2)
     assert placed(lanes) == [
-        ("int8", "tensorrt:0"),
-        ("fp16", "cuda:0"),
-        ("fp16", "cuda:1"),
-        ("fp32", "cpu"),
-        ("fp32", "cpu"),
+        *[("int8", "tensorrt:0")] * 2,
+        *[("fp16", "cuda:0")] * 2,
+        *[("fp16", "cuda:1")] * 2,
+        *[("fp32", "cpu")] * 2,
     ]
+    assert lanes.specs[0].runner is lanes.specs[1].runner
+    assert lanes.specs[2].runner is not lanes.specs[4].runner
 
 
 def test_plain_model_goes_to_cuda_and_to_the_cpu(tmp_path: Path, mlp: Path, every_device_works, no_measuring):
     folder = write_plain(tmp_path, "mlp", "1", mlp)
     lanes = Lanes(read_artifact(folder), (TENSORRT, CUDA, CPU), cpu_instances=1)
-    assert placed(lanes) == [("unoptimized", "cuda:0"), ("unoptimized", "cpu")]
+    assert placed(lanes) == [*[("unoptimized", "cuda:0")] * 2, ("unoptimized", "cpu")]
 
 
 def test_plain_model_that_fails_on_the_gpu_still_serves_on_the_cpu(tmp_path: Path, mlp: Path, no_measuring, caplog):

@@ -159,3 +159,16 @@ async def test_pinned_requests_of_a_failed_batch_are_not_run_by_another_variant(
     broken.broken = True
     assert isinstance(await failure(scheduler.submit(request_of(variant="int8"))), InferenceFailed)
     assert well.runs == 0
+
+
+async def test_lanes_that_share_a_session_go_down_together(opened):
+    gpu, cpu = Switch(), Switch()
+    scheduler, metrics = opened(spec_of(gpu, "fp16", "cuda:0"), spec_of(gpu, "fp16", "cuda:0"), spec_of(cpu, "fp32"))
+    gpu.broken = True
+    completion = await answer(scheduler.submit(request_of(3.0)))
+    check(completion, 3.0)
+    assert completion.device == "cpu", "the one retry did not go to the other lane of the same session"
+    assert scheduler.lanes_down == ("fp16 on cuda:0", "fp16 on cuda:0")
+    gpu.broken = False
+    await until(lambda: not scheduler.lanes_down)
+    assert is_up(metrics, "fp16", "cuda:0") == 1.0

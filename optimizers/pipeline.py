@@ -39,9 +39,10 @@ from optimizers.records import UNTOUCHED, EngineRecord, mean_of
 from optimizers.request import Digests, OptimizeRequest, digests_of, find_existing, versions_in
 from optimizers.roots import roots_for
 from optimizers.search import Gate
-from optimizers.store import Store, sweep
+from optimizers.store import Store, key_of, sweep
 from optimizers.trial import Outcome, Trial, TrialPlan, served_name
 from optimizers.tuning import MEMORY_SHARE
+from optimizers.uint8_input import require_same, with_uint8_inputs
 from server.artifact import Artifact, read_artifact
 from server.errors import ArtifactError
 from server.host import HostFacts, available_memory_bytes, read_host
@@ -156,11 +157,13 @@ class _Run:
         """Return the finished artifact's folder."""
         observe("load", 0.0)
         original, signature = self._load()
-        place = Place(self.work / "samples", self.digests.source, self.digests.inputs)
+        place = Place(self.work / "samples", original.sha256, self.digests.inputs)
         parts = parts_of(self.recipe, signature, self.request.calibration, self.request.labels, place)
+        if self.recipe.uint8_inputs:
+            self._prove_uint8(original, parts)
         observe("ask the original", 0.02)
         answered = ask(original, signature, parts, self.recipe, self.store, self.host)
-        track = self._track(answered)
+        track = self._track(original, answered)
         try:
             line = Line(original, self._workshop(parts, answered))
             searched = self._search(line, track, parts, answered, part(observe, 0.05, 0.5))
@@ -194,16 +197,28 @@ class _Run:
         return folder
 
     def _load(self) -> tuple[Form, Signature]:
-        """Copy the original into the work folder as one self-contained file, and read its signature."""
-        model = load_model(self.request.model)
+        """Copy the original into the work folder as one self-contained file, and read its signature.
+
+        With UINT8 inputs the rewritten model takes the original's place.
+        """
+        model, source, inputs = load_model(self.request.model), self.digests.source, self.recipe.uint8_inputs
+        if inputs:
+            model = with_uint8_inputs(model, inputs)
+            source = key_of("uint8", source, sorted(inputs.items()))
         path = self.work / "original" / "model.onnx"
         save_model(model, path)
-        return Form(path, self.digests.source), signature_of(model)
+        return Form(path, source), signature_of(model)
 
-    def _track(self, answered: Original) -> Track:
+    def _prove_uint8(self, original: Form, parts: Parts) -> None:
+        count = min(_PROBE_SAMPLES, parts.held_out.count)
+        samples = [parts.held_out.batch(index, 1) for index in range(count)]
+        require_same(self.request.model, original.model, self.recipe.uint8_inputs, samples)
+
+    def _track(self, original: Form, answered: Original) -> Track:
         rows = answered.batching.max_rows if answered.batching.batchable else 1
         sizes = sorted({1, *(r for r in self.recipe.batch_rows if r <= rows)})
-        return Track(self.request.model, answered.held_out.singles, sizes, self.store, self.host.fingerprint)
+        source = original.model if self.recipe.uint8_inputs else self.request.model
+        return Track(source, answered.held_out.singles, sizes, self.store, self.host.fingerprint)
 
     def _workshop(self, parts: Parts, answered: Original) -> Workshop:
         singles = answered.held_out.singles[:_PROBE_SAMPLES]

@@ -24,6 +24,14 @@ The table ``decisions`` names outputs and how two answers of each are compared, 
     logits = "top1"
     boxes = "near"
 
+The table ``uint8_inputs`` names float inputs that clients send as pictures of bytes, and how they are normalized::
+
+    [uint8_inputs.image]
+    scale = 0.00392156862745098
+    mean = [0.485, 0.456, 0.406]
+    std = [0.229, 0.224, 0.225]
+    channels_last = true
+
 A recipe with variants makes exactly these, without a search, and proves them as usual. The optimizer writes such a
 recipe beside every report::
 
@@ -34,6 +42,7 @@ recipe beside every report::
 """
 
 import hashlib
+import math
 import tomllib
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -57,6 +66,34 @@ MOST_ROWS = 1024
 
 MOST_STAGES = 16
 """Most stages that a model may be cut into."""
+
+
+class Uint8Input(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """How a UINT8 input becomes the float input of the original: ``(scale * pixel - mean) / std``.
+
+    Attributes:
+        scale: Factor of every pixel; 1/255 makes 0 to 1 of 0 to 255.
+        mean: One for all channels, or one per channel; of scaled pixels.
+        std: One for all channels, or one per channel; of scaled pixels, not 0.
+        channel_axis: Axis of the channels in the original's input; ``None`` means the only axis of their number.
+        channels_last: Whether clients send the channels as the last axis, as cameras and decoders give them.
+    """
+
+    scale: float = 1 / 255
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+    channel_axis: int | None = None
+    channels_last: bool = False
+
+    def __post_init__(self) -> None:
+        _require(math.isfinite(self.scale) and self.scale != 0, "scale", self.scale, "a finite number other than 0")
+        for key, values in (("mean", self.mean), ("std", self.std)):
+            _require(bool(values) and all(map(math.isfinite, values)), key, values, "one or more finite numbers")
+        _require(0 not in self.std, "std", self.std, "without 0")
+        counts = {len(self.mean), len(self.std)}
+        _require(
+            len(counts - {1}) <= 1, "std", f"{len(self.std)} numbers", f"as many as mean, {len(self.mean)}, or one"
+        )
 
 
 class VariantPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -94,6 +131,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         seed: Seed of the split and of the order of measurements.
         decisions: Output -> one of ``DECISIONS``; empty means to tell it from the original's answers.
         variants: Exactly what to make; empty means to search.
+        uint8_inputs: Float input -> how it is made of the UINT8 input that takes its place.
         stages: Into how many stages, for as many devices, the first choice is cut; 1 leaves it whole.
         stage_bytes: Weights that a device holds; 0 sets no limit.
     """
@@ -113,6 +151,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     seed: int = 0
     decisions: dict[str, str] = {}
     variants: tuple[VariantPlan, ...] = ()
+    uint8_inputs: dict[str, Uint8Input] = {}
     stages: int = 1
     stage_bytes: int = 0
 
@@ -167,7 +206,7 @@ def read_recipe(path: Path) -> Recipe:
 def write_recipe(recipe: Recipe) -> str:
     """Return a recipe as TOML, which ``read_recipe`` reads back; what has no value is left out."""
     plain = msgspec.to_builtins(recipe)
-    optional = ("slo_ms", "decisions", "variants")
+    optional = ("slo_ms", "decisions", "variants", "uint8_inputs")
     return tomli_w.dumps({key: value for key, value in plain.items() if value or key not in optional})
 
 

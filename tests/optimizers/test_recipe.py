@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from optimizers.errors import RecipeError
-from optimizers.recipe import Recipe, VariantPlan, read_recipe, write_recipe
+from optimizers.recipe import Recipe, Uint8Input, VariantPlan, read_recipe, write_recipe
 
 
 def write(tmp_path: Path, text: str) -> Path:
@@ -79,6 +79,9 @@ def test_decisions_are_part_of_the_digest() -> None:
         Recipe(),
         Recipe(compressions=(), slo_ms=2.5, decisions={"a/b 'c'": "near", "y": "close"}),
         Recipe(variants=(VariantPlan("a", "fp32", ()),), decisions={"y": "top1"}),
+        Recipe(
+            uint8_inputs={"x y": Uint8Input(), "z": Uint8Input(mean=(1.0, 2.0), channel_axis=2, channels_last=True)}
+        ),
     ],
 )
 def test_written_recipe_is_read_back(tmp_path: Path, recipe: Recipe) -> None:

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from server.artifact import LatencyTable, SessionOptions
+from server.bound import bind
 from server.errors import InferenceFailed, SignatureMismatch, UnsupportedModel
 from server.providers import Device, open_ort_session, ort_errors, placement_of
 from server.tensors import NUMPY_DTYPE, Array, Signature, Tensors, spec_of_ort
@@ -65,7 +66,6 @@ class Session:
         if path.suffix == ".plan":
             raise UnsupportedModel(f"{path} is a bare TensorRT engine; this server opens ONNX files")
         session = open_ort_session(path, device, options)
-        self._session: Any = session
         self._path = path
         self.device = device
         self.providers = tuple(session.get_providers())
@@ -73,6 +73,7 @@ class Session:
             tuple(spec_of_ort(node.name, node.type, node.shape) for node in session.get_inputs()),
             tuple(spec_of_ort(node.name, node.type, node.shape) for node in session.get_outputs()),
         )
+        self._session: Any = bind(session, self.signature, device, options.config)
         self._output_names = [spec.name for spec in self.signature.outputs]
         self._text_inputs = [spec.name for spec in self.signature.inputs if spec.datatype == "BYTES"]
         self._errors = ort_errors()

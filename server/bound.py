@@ -1,0 +1,327 @@
+"""Bound runs: tensors at fixed addresses of a device, for onnxruntime sessions that do not run on the CPU.
+
+::
+
+    caller's array -> staging (host, pinned) -> input on the device -> run -> output on the device -> new array
+
+A plain ``run`` allocates memory on the device and copies through unpinned memory each time. Here buffers are kept per
+combination of input shapes, and only the elements move. Fixed addresses are also what a CUDA graph needs. Two runners
+with buffers of their own let one batch be copied while another one is computed: onnxruntime gives every run that is in
+progress a stream of its own.
+
+All that differs between devices is ``Memory``, so the same code runs, and is tested, on the CPU. Unverified on GPU.
+"""
+
+import ctypes
+import logging
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass
+from itertools import count
+from queue import LifoQueue
+from typing import Any
+
+import numpy as np
+
+from server.errors import ArtifactError, SignatureMismatch
+from server.providers import Device, ort_errors
+from server.tensors import NUMPY_DTYPE, Array, Dimension, Signature, Tensors, TensorSpec
+
+with suppress(ImportError):  # check_environment() tells the user which form of it to install
+    import onnxruntime
+
+logger = logging.getLogger(__name__)
+
+GRAPH_ROWS = "slipstream.cuda_graph_rows"
+"""Session entry: batch sizes to capture as CUDA graphs, e.g. ``1,8,32``; the provider must allow graphs, too."""
+
+RUNNERS = 2
+"""Runs of one session at a time: one is copied while the other is computed."""
+
+MOST_SHAPES = 16
+MOST_BYTES = 1 << 28
+"""What a runner keeps at most: combinations of input shapes, and bytes on the device."""
+
+_GRAPH = "gpu_graph_id"
+_NO_GRAPH = "-1"
+_PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device
+_CUDA_RUNTIMES = ("libcudart.so.13", "libcudart.so.12")
+
+Shapes = tuple[tuple[int, ...], ...]
+"""The shape of every input, in the order of the signature."""
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Where bound tensors lie.
+
+    Attributes:
+        kind: The device's name in onnxruntime: ``cpu`` or ``cuda``.
+        index: Number of the device.
+        pin: Called with each new staging buffer, UINT8; may let the device read it without a further copy.
+    """
+
+    kind: str
+    index: int = 0
+    pin: Callable[[Array], None] = lambda _buffer: None
+
+    def tensor(self, spec: TensorSpec, shape: tuple[int, ...]) -> Any:
+        """Allocate a tensor; return onnxruntime's ``OrtValue``."""
+        dtype = NUMPY_DTYPE[spec.datatype]
+        return onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, dtype, self.kind, self.index)
+
+
+class CudaPin:
+    """Pins host memory with the CUDA runtime, until the array is gone; where that fails, copies are only slower.
+
+    Args:
+        runtime: The CUDA runtime; ``None`` when it is not installed.
+        index: Number of the GPU.
+    """
+
+    def __init__(self, runtime: Any, index: int) -> None:
+        self._runtime, self._index = runtime, index
+
+    def __call__(self, buffer: Array) -> None:
+        """Pin a buffer."""
+        if self._runtime is None:
+            return
+        address = ctypes.c_void_p(buffer.ctypes.data)
+        code = self._runtime.cudaSetDevice(self._index) or self._runtime.cudaHostRegister(
+            address, ctypes.c_size_t(buffer.nbytes), _PORTABLE
+        )
+        if code:
+            logger.warning(
+                "cannot pin %d bytes for cuda:%d (CUDA error %d): copies to it are slower; raise the memory lock limit",
+                buffer.nbytes,
+                self._index,
+                code,
+            )
+            return
+        weakref.finalize(buffer, self._runtime.cudaHostUnregister, address).atexit = False
+
+
+def cuda_runtime(names: Sequence[str] = _CUDA_RUNTIMES) -> Any:
+    """Return the CUDA runtime library that the provider has loaded, or ``None`` when there is none."""
+    for name in names:
+        with suppress(OSError):
+            return ctypes.CDLL(name)
+    logger.warning("none of %s can be loaded: memory is not pinned and copies to the GPU are slower", ", ".join(names))
+    return None
+
+
+def memory_of(device: Device) -> Memory:
+    """Return where bound tensors of sessions on a device lie; TensorRT's are CUDA's."""
+    if device.kind == "cpu":
+        return Memory("cpu")
+    return Memory("cuda", device.index, CudaPin(cuda_runtime(), device.index))
+
+
+def bind(session: Any, signature: Signature, device: Device, config: Mapping[str, str]) -> Any:
+    """Return what runs a session in the best way for its device: the session itself, or a ``BoundSession``.
+
+    Args:
+        session: onnxruntime's.
+        signature: Its signature.
+        device: Where it runs.
+        config: Its session entries.
+
+    Raises:
+        ArtifactError: If the entry ``GRAPH_ROWS`` is no list of numbers.
+    """
+    if device.kind == "cpu" or any(spec.datatype == "BYTES" for spec in (*signature.inputs, *signature.outputs)):
+        return session
+    return BoundSession(session, signature, memory_of(device), graph_rows_of(config))
+
+
+def graph_rows_of(config: Mapping[str, str]) -> frozenset[int]:
+    """Return the batch sizes for which CUDA graphs are wanted.
+
+    Raises:
+        ArtifactError: If the entry ``GRAPH_ROWS`` is no list of numbers.
+    """
+    text = config.get(GRAPH_ROWS, "")
+    sizes = text.split(",") if text else []
+    if not all(size.strip().isdecimal() for size in sizes):
+        raise ArtifactError(f"{GRAPH_ROWS} is {text!r}; it must be batch sizes separated by commas, such as '1,8,32'")
+    return frozenset(map(int, sizes))
+
+
+class BoundSession:
+    """Runs an onnxruntime session with bound buffers; takes the place of the session where it is run.
+
+    ``run`` may be called from several threads; ``RUNNERS`` of them run at a time, the others wait. With CUDA graphs the
+    copies overlap, but one run computes at a time, since a captured graph must not be replayed twice at once.
+
+    Args:
+        session: onnxruntime's.
+        signature: Of the session; without ``BYTES`` tensors.
+        memory: Where bound tensors lie.
+        graph_rows: Sizes of axis 0 of the first input for which CUDA graphs are captured.
+    """
+
+    def __init__(
+        self, session: Any, signature: Signature, memory: Memory, graph_rows: frozenset[int] = frozenset()
+    ) -> None:
+        self._session, self._signature = session, signature
+        self._output_names = frozenset(spec.name for spec in signature.outputs)
+        self._turn: AbstractContextManager[Any] = threading.Lock() if graph_rows else nullcontext()
+        self._errors = ort_errors()
+        ids = count(1)  # of all runners together, and never used again: a graph's addresses never change
+        self._idle: LifoQueue[_Runner] = LifoQueue()  # the last one first: its buffers are in use anyway
+        for _ in range(RUNNERS):
+            self._idle.put(_Runner(session, signature, memory, _Graphs(graph_rows, ids, self._turn)))
+
+    def run(self, names: Sequence[str], inputs: Tensors) -> list[Array]:
+        """Run the model.
+
+        Inputs that do not fit the signature go to onnxruntime as they are, for its error.
+
+        Args:
+            names: The wanted outputs.
+            inputs: Name -> array; not written to and not kept.
+
+        Returns:
+            One array per name; they own their memory.
+        """
+        try:
+            self._signature.check(inputs)
+        except SignatureMismatch:
+            return self._plain(names, inputs)
+        shapes = tuple(inputs[spec.name].shape for spec in self._signature.inputs)
+        if not self._output_names.issuperset(names) or any(0 in shape for shape in shapes):
+            return self._plain(names, inputs)
+        runner = self._idle.get()
+        try:
+            return runner.run(shapes, names, inputs)
+        except self._errors:
+            # Also what a model raises whose output is not always of the size that it declares: its buffer did not fit.
+            answers = self._plain(names, inputs)
+            declared = _output_shapes(self._signature, shapes)
+            if any(declared[name] != answer.shape for name, answer in zip(names, answers, strict=True)):
+                runner.fixes_outputs = False
+            return answers
+        finally:
+            self._idle.put(runner)
+
+    def get_provider_graph_assignment_info(self) -> Any:
+        """Return which nodes run where, as onnxruntime's session does."""
+        return self._session.get_provider_graph_assignment_info()
+
+    def _plain(self, names: Sequence[str], inputs: Tensors) -> list[Array]:
+        with self._turn:
+            answers: list[Array] = self._session.run(list(names), inputs, _run_options(_NO_GRAPH))
+        return answers
+
+
+@dataclass(frozen=True, slots=True)
+class _Graphs:
+    """Which batch sizes are captured, the next free identity of a graph, and whose turn it is to compute."""
+
+    rows: frozenset[int]
+    ids: "count[int]"
+    turn: AbstractContextManager[Any]
+
+
+class _Bound:
+    """Buffers for one combination of input shapes."""
+
+    def __init__(self, session: Any, signature: Signature, shapes: Shapes, memory: Memory) -> None:
+        self.binding = session.io_binding()
+        self.options = _run_options(_NO_GRAPH)
+        self.is_fixed = self.has_graph = False
+        self.inputs = {
+            spec.name: memory.tensor(spec, shape) for spec, shape in zip(signature.inputs, shapes, strict=True)
+        }
+        for name, tensor in self.inputs.items():
+            self.binding.bind_ortvalue_input(name, tensor)
+        self.n_bytes = sum(tensor.tensor_size_in_bytes() for tensor in self.inputs.values())
+
+    def free_outputs(self, signature: Signature, memory: Memory) -> None:
+        """Let the next run allocate its outputs on the device; until then they stay where the last run put them."""
+        for spec in signature.outputs:
+            self.binding.bind_output(spec.name, memory.kind, memory.index)
+
+
+class _Runner:
+    """Buffers that one run uses at a time; a combination of shapes that was not used for long loses its buffers."""
+
+    def __init__(self, session: Any, signature: Signature, memory: Memory, graphs: _Graphs) -> None:
+        self.fixes_outputs = True
+        self._session, self._signature, self._memory, self._graphs = session, signature, memory, graphs
+        self._staging = _Staging(memory)
+        self._bound: OrderedDict[Shapes, _Bound] = OrderedDict()
+
+    def run(self, shapes: Shapes, names: Sequence[str], inputs: Tensors) -> list[Array]:
+        """Copy in, run, copy out. After a failure the buffers of these shapes are gone."""
+        bound = self._bound.pop(shapes, None) or _Bound(self._session, self._signature, shapes, self._memory)
+        if not (bound.is_fixed and self.fixes_outputs):
+            bound.free_outputs(self._signature, self._memory)
+        for name, tensor in bound.inputs.items():
+            tensor.update_inplace(self._staging.filled(inputs[name]))
+        with self._graphs.turn:
+            self._session.run_with_iobinding(bound.binding, bound.options)
+        outputs = dict(zip((spec.name for spec in self._signature.outputs), bound.binding.get_outputs(), strict=True))
+        if not bound.is_fixed and self.fixes_outputs:
+            self._fix(bound, shapes, list(outputs.values()))
+        self._bound[shapes] = bound
+        self._evict()
+        return [_owned(outputs[name].numpy()) for name in names]
+
+    def _fix(self, bound: _Bound, shapes: Shapes, outputs: Sequence[Any]) -> None:
+        """Keep the outputs where they are if their sizes follow from those of the inputs; maybe capture a graph."""
+        declared = _output_shapes(self._signature, shapes).values()
+        if [tuple(output.shape()) for output in outputs] != list(declared):
+            return
+        bound.is_fixed = True
+        bound.n_bytes += sum(output.tensor_size_in_bytes() for output in outputs)
+        captured = sum(other.n_bytes for other in self._bound.values() if other.has_graph)
+        rows = shapes[0][0] if shapes and shapes[0] else 0
+        if rows in self._graphs.rows and captured + bound.n_bytes <= MOST_BYTES:
+            bound.has_graph, bound.options = True, _run_options(str(next(self._graphs.ids)))
+
+    def _evict(self) -> None:
+        # onnxruntime keeps captured graphs, which read and write their buffers, as long as the session is open.
+        passing = [shapes for shapes, bound in self._bound.items() if not bound.has_graph]
+        n_bytes = sum(bound.n_bytes for bound in self._bound.values())
+        while passing and (len(passing) > MOST_SHAPES or n_bytes > MOST_BYTES):
+            n_bytes -= self._bound.pop(passing.pop(0)).n_bytes
+
+
+class _Staging:
+    """Host memory from which inputs are copied to the device, one after the other; it grows to the largest."""
+
+    def __init__(self, memory: Memory) -> None:
+        self._memory = memory
+        self._buffer: Array = np.empty(0, np.uint8)
+
+    def filled(self, array: Array) -> Array:
+        """Return a contiguous copy of an array, valid until the next call."""
+        if array.nbytes > self._buffer.nbytes:
+            self._buffer = np.empty(1 << (array.nbytes - 1).bit_length(), np.uint8)
+            self._memory.pin(self._buffer)
+        view = self._buffer[: array.nbytes].view(array.dtype).reshape(array.shape)
+        np.copyto(view, array)
+        return view
+
+
+def _output_shapes(signature: Signature, shapes: Shapes) -> dict[str, tuple[Dimension, ...]]:
+    """Return output -> shape as declared, with a size for every axis whose name an input has."""
+    sizes: dict[Dimension, int] = {}
+    for spec, shape in zip(signature.inputs, shapes, strict=True):
+        sizes |= {name: size for name, size in zip(spec.shape, shape, strict=True) if isinstance(name, str)}
+    return {spec.name: tuple(sizes.get(size, size) for size in spec.shape) for spec in signature.outputs}
+
+
+def _run_options(graph: str) -> Any:
+    options = onnxruntime.RunOptions()
+    options.add_run_config_entry(_GRAPH, graph)
+    return options
+
+
+def _owned(array: Array) -> Array:
+    """Return an array that shares no memory with the tensor; onnxruntime copies from a GPU, but not from the CPU."""
+    return array if array.flags.owndata else array.copy()

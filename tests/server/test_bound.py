@@ -1,0 +1,442 @@
+"""Bound runs on the CPU: the same code as on a GPU, with the CPU's memory and without graphs being captured."""
+
+import ctypes
+import gc
+import threading
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from server import bound
+from server.artifact import SessionOptions
+from server.bound import (
+    GRAPH_ROWS,
+    MOST_SHAPES,
+    RUNNERS,
+    BoundSession,
+    CudaPin,
+    Memory,
+    bind,
+    cuda_runtime,
+    graph_rows_of,
+    memory_of,
+)
+from server.errors import ArtifactError, InferenceFailed
+from server.providers import CPU, Device, open_ort_session
+from server.session import Session
+from tests import models
+from tests.artifacts import random_inputs
+
+TIMEOUT_S = 30
+
+
+class CountedMemory(Memory):
+    """The CPU's memory, which counts what is allocated."""
+
+    __slots__ = ("allocated",)
+
+    def __init__(self, pin: Any = lambda _buffer: None) -> None:
+        super().__init__("cpu", 0, pin)
+        object.__setattr__(self, "allocated", [])
+
+    def tensor(self, spec: Any, shape: tuple[int, ...]) -> Any:
+        self.allocated.append(shape)
+        return super().tensor(spec, shape)
+
+
+class Watched:
+    """onnxruntime's session, which notes the graph of every run and where its outputs lie."""
+
+    def __init__(self, path: Path, before: Any = lambda: None) -> None:
+        self.session: Any = open_ort_session(path, CPU, SessionOptions())
+        self.graphs: list[tuple[str, tuple[int, ...]]] = []
+        self.plain: list[str] = []
+        self.before = before
+
+    def io_binding(self) -> Any:
+        return self.session.io_binding()
+
+    def run(self, names: list[str], inputs: Any, options: Any) -> Any:
+        self.plain.append(options.get_run_config_entry("gpu_graph_id"))
+        return self.session.run(names, inputs, options)
+
+    def run_with_iobinding(self, binding: Any, options: Any) -> None:
+        self.before()
+        self.session.run_with_iobinding(binding, options)
+        addresses = tuple(output.data_ptr() for output in binding.get_outputs())
+        self.graphs.append((options.get_run_config_entry("gpu_graph_id"), addresses))
+
+
+def opened(path: Path, rows: frozenset[int] = frozenset(), memory: Memory | None = None) -> Session:
+    session = Session(path, CPU, SessionOptions())
+    session._session = BoundSession(session._session, session.signature, memory or Memory("cpu"), rows)
+    return session
+
+
+def watched(path: Path, rows: frozenset[int] = frozenset(), memory: Memory | None = None, **more: Any) -> Any:
+    """A bound session, and what it runs."""
+    session = Watched(path, **more)
+    signature = Session(path, CPU, SessionOptions()).signature
+    return BoundSession(session, signature, memory or Memory("cpu"), rows), session
+
+
+def x_of(rows: int, seed: int = 0) -> dict[str, np.ndarray]:
+    return {"x": np.random.default_rng(seed).standard_normal((rows, 64)).astype(np.float32)}
+
+
+@pytest.mark.parametrize("save", [models.save_mlp, models.save_cnn, models.save_two_inputs, models.save_sequence])
+@pytest.mark.parametrize("rows", [frozenset(), frozenset({1, 4})], ids=["no graphs", "graphs"])
+def test_growing_and_shrinking_batches_are_answered_as_by_a_plain_session(
+    tmp_path: Path, save: Any, rows: frozenset[int]
+) -> None:
+    path = save(tmp_path / "model.onnx")
+    plain, session = Session(path, CPU, SessionOptions()), opened(path, rows)
+    for seed, count in enumerate((1, 4, 32, 4, 1, 4, 7, 1)):
+        inputs = random_inputs(plain.signature, rows=count, seed=seed)
+        expected, seen = plain.run(inputs), session.run(inputs)
+        assert list(seen) == list(expected)
+        for name, array in expected.items():
+            assert seen[name].dtype == array.dtype
+            np.testing.assert_array_equal(seen[name], array)
+
+
+def test_returned_arrays_do_not_change_with_the_next_runs(mlp: Path) -> None:
+    session, plain = opened(mlp), Session(mlp, CPU, SessionOptions())
+    answers = [session.run(x_of(4, seed))["y"] for seed in range(6)]
+    for seed, answer in enumerate(answers):
+        assert answer.flags.owndata
+        assert answer.flags.writeable
+        np.testing.assert_array_equal(answer, plain.run(x_of(4, seed))["y"])
+
+
+def test_inputs_may_be_views_are_not_kept_and_not_written_to(mlp: Path) -> None:
+    session, plain = opened(mlp), Session(mlp, CPU, SessionOptions())
+    wide = np.random.default_rng(0).standard_normal((4, 128)).astype(np.float32)
+    view = wide[::2, ::2]
+    body = np.frombuffer(view.tobytes(), np.float32).reshape(2, 64)
+    expected = plain.run({"x": np.ascontiguousarray(view)})["y"]
+    np.testing.assert_array_equal(session.run({"x": view})["y"], expected)
+    answer = session.run({"x": body})["y"]
+    wide[:] = 0
+    np.testing.assert_array_equal(answer, expected)
+    np.testing.assert_array_equal(session.run({"x": body})["y"], expected)
+
+
+def test_wanted_outputs_come_in_the_order_asked_for(tmp_path: Path) -> None:
+    session = opened(models.save_two_inputs(tmp_path / "two.onnx"))
+    inputs = {"b": np.full((2, 4), 1, np.float32), "a": np.full((2, 4), 3, np.float32)}
+    for _ in range(3):
+        assert [a.tolist() for a in session.run(inputs, ("diff", "sum")).values()] == [[[2.0] * 4] * 2, [[4.0] * 4] * 2]
+        assert list(session.run(inputs, ("sum",))) == ["sum"]
+
+
+def test_buffers_of_a_shape_are_allocated_once(mlp: Path) -> None:
+    memory = CountedMemory()
+    session = opened(mlp, memory=memory)
+    for rows in (2, 8, 2, 8, 2):
+        session.run(x_of(rows))
+    assert memory.allocated == [(2, 64), (8, 64)]
+
+
+def test_the_shape_that_was_not_used_for_longest_loses_its_buffers(mlp: Path) -> None:
+    memory = CountedMemory()
+    session = opened(mlp, memory=memory)
+    for rows in range(1, MOST_SHAPES + 2):
+        session.run(x_of(rows))
+        session.run(x_of(2))
+    memory.allocated.clear()
+    session.run(x_of(2))
+    session.run(x_of(3))
+    assert memory.allocated == []
+    session.run(x_of(1))
+    assert memory.allocated == [(1, 64)]
+
+
+def test_buffers_hold_a_limited_number_of_bytes_and_larger_batches_still_run(
+    mlp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bound, "MOST_BYTES", 10 * (64 + 10) * 4)  # ten rows in and out
+    memory = CountedMemory()
+    session = opened(mlp, memory=memory)
+    for rows in (4, 6, 4, 6):
+        session.run(x_of(rows))
+    assert len(memory.allocated) == 2
+    assert session.run(x_of(40))["y"].shape == (40, 10)
+    session.run(x_of(4))
+    assert memory.allocated == [(4, 64), (6, 64), (40, 64), (4, 64)]
+
+
+def test_staging_grows_with_the_largest_batch_and_is_pinned_when_it_does(mlp: Path) -> None:
+    pinned: list[int] = []
+    session = opened(mlp, memory=CountedMemory(lambda buffer: pinned.append(buffer.nbytes)))
+    for rows in (1, 3, 2, 4, 1):
+        session.run(x_of(rows))
+    assert pinned == [256, 1024]
+
+
+def test_eight_threads_get_their_own_answers(mlp: Path) -> None:
+    session, plain = opened(mlp), Session(mlp, CPU, SessionOptions())
+    expected = [plain.run(x_of(5, seed))["y"] for seed in range(8)]
+
+    def work(seed: int) -> bool:
+        return all(np.array_equal(session.run(x_of(5, seed))["y"], expected[seed]) for _ in range(50))
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(work, range(8))) == [True] * 8
+
+
+def test_two_runs_compute_at_a_time(mlp: Path) -> None:
+    both = threading.Barrier(RUNNERS)
+    session, _ = watched(mlp, before=lambda: both.wait(TIMEOUT_S))
+    with ThreadPoolExecutor(RUNNERS) as pool:
+        answers = list(pool.map(lambda seed: session.run(["y"], x_of(2, seed)), range(RUNNERS)))
+    assert len(answers) == RUNNERS
+
+
+def test_with_graphs_one_run_computes_while_another_is_copied(mlp: Path) -> None:
+    copied, computing, turn = threading.Event(), threading.Event(), threading.Lock()
+
+    def compute() -> None:
+        assert turn.acquire(blocking=False), "two runs compute at a time"
+        try:
+            if not computing.is_set():
+                computing.set()
+                assert copied.wait(TIMEOUT_S)
+        finally:
+            turn.release()
+
+    def pin(_buffer: np.ndarray) -> None:
+        if computing.is_set():
+            copied.set()
+
+    session, _ = watched(mlp, frozenset({2}), Memory("cpu", 0, pin), before=compute)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(session.run, ["y"], x_of(2))
+        assert computing.wait(TIMEOUT_S)
+        second = pool.submit(session.run, ["y"], x_of(2))
+        np.testing.assert_array_equal(first.result(TIMEOUT_S)[0], second.result(TIMEOUT_S)[0])
+
+
+def test_a_graph_has_fixed_addresses_and_other_sizes_have_none(mlp: Path) -> None:
+    session, seen = watched(mlp, frozenset({4}))
+    for rows in (4, 4, 2, 4, 2, 4):
+        session.run(["y"], x_of(rows))
+    assert [graph for graph, _ in seen.graphs] == ["-1", "1", "-1", "1", "-1", "1"]
+    assert len({addresses for graph, addresses in seen.graphs if graph == "1"}) == 1
+
+
+def test_runners_never_share_a_graph(mlp: Path) -> None:
+    session, seen = watched(mlp, frozenset({4}))
+    session.run(["y"], x_of(4))
+    first = session._idle.get()  # a run in progress keeps its runner
+    try:
+        for _ in range(2):
+            session.run(["y"], x_of(4))
+    finally:
+        session._idle.put(first)
+    session.run(["y"], x_of(4))
+    assert [graph for graph, _ in seen.graphs] == ["-1", "-1", "2", "1"]
+
+
+def test_buffers_of_a_graph_stay(mlp: Path) -> None:
+    memory = CountedMemory()
+    session, seen = watched(mlp, frozenset({1}), memory)
+    for rows in range(1, MOST_SHAPES + 4):
+        session.run(["y"], x_of(rows))
+    session.run(["y"], x_of(1))
+    assert memory.allocated.count((1, 64)) == 1
+    assert seen.graphs[-1][0] == "1"
+
+
+def test_graphs_take_a_limited_number_of_bytes(mlp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bound, "MOST_BYTES", 10 * (64 + 10) * 4)  # ten rows in and out
+    session, seen = watched(mlp, frozenset({4, 5, 6}))
+    for rows in (4, 4, 5, 5, 6, 6):
+        session.run(["y"], x_of(rows))
+    assert [graph for graph, _ in seen.graphs] == ["-1", "1", "-1", "2", "-1", "-1"]
+
+
+BAD_INPUTS = [
+    {"x": np.zeros((1, 63), np.float32)},
+    {"x": np.zeros((1, 64), np.float64)},
+    {"x": np.zeros(64, np.float32)},
+    {"z": np.zeros((1, 64), np.float32)},
+    {"x": np.zeros((1, 64), np.float32), "z": np.zeros(1, np.float32)},
+    {},
+]
+
+
+@pytest.mark.parametrize("inputs", BAD_INPUTS, ids=["size", "dtype", "rank", "name", "unknown", "none"])
+def test_what_does_not_fit_fails_with_the_error_of_a_plain_session(mlp: Path, inputs: dict) -> None:
+    session = opened(mlp)
+    good = session.run(x_of(1))["y"]
+    with pytest.raises(InferenceFailed) as expected:
+        Session(mlp, CPU, SessionOptions()).run(inputs)
+    with pytest.raises(InferenceFailed) as seen:
+        session.run(inputs)
+    assert str(seen.value) == str(expected.value)
+    np.testing.assert_array_equal(session.run(x_of(1))["y"], good)
+
+
+def test_unknown_output_fails(mlp: Path) -> None:
+    with pytest.raises(InferenceFailed, match="Invalid output name"):
+        opened(mlp).run(x_of(1), ("nothing",))
+
+
+def test_failing_kernel_fails_as_inference_and_the_next_run_is_right(tmp_path: Path) -> None:
+    path = models.save_sequence(tmp_path / "sequence.onnx")
+    session, plain = opened(path), Session(path, CPU, SessionOptions())
+    good = {"ids": np.ones((1, 2), np.int64), "mask": np.ones((1, 2), np.int64)}
+    for _ in range(2):
+        session.run(good)
+        with pytest.raises(InferenceFailed, match="indices element out of data bounds"):
+            session.run({**good, "ids": np.full((1, 2), 1000)})
+        np.testing.assert_array_equal(session.run(good)["vector"], plain.run(good)["vector"])
+
+
+def test_batch_without_rows_is_answered(mlp: Path) -> None:
+    assert opened(mlp).run(x_of(0))["y"].shape == (0, 10)
+
+
+def test_closed_session_does_not_run_and_its_buffers_are_gone(mlp: Path) -> None:
+    gone = threading.Event()
+    buffers: list[int] = []
+
+    def pin(buffer: np.ndarray) -> None:
+        buffers.append(buffer.nbytes)
+        weakref.finalize(buffer, gone.set)
+
+    session = opened(mlp, memory=Memory("cpu", 0, pin))
+    session.run(x_of(2))
+    assert buffers
+    assert not gone.is_set()
+    session.close()
+    with pytest.raises(InferenceFailed, match="is closed"):
+        session.run(x_of(2))
+    gc.collect()
+    assert gone.is_set()
+
+
+def save_nonzero(path: Path, size: str) -> Path:
+    """x FP32 [n] -> positions INT64 [1, size] of what is not 0."""
+    graph = helper.make_graph(
+        [helper.make_node("NonZero", ["x"], ["positions"])],
+        "nonzero",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n"])],
+        [helper.make_tensor_value_info("positions", TensorProto.INT64, [1, size])],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    return path
+
+
+@pytest.mark.parametrize("size", ["found", "n"], ids=["an axis of its own", "declared as the input's"])
+def test_outputs_whose_size_follows_from_the_data_are_right(tmp_path: Path, size: str) -> None:
+    session = opened(save_nonzero(tmp_path / "nonzero.onnx", size), frozenset({4}))
+    for x in ([1, 2, 3, 4], [0, 2, 0, 4], [0, 0, 0, 4], [1, 2, 3, 4], [0, 2, 0, 4]):
+        array = np.array(x, np.float32)
+        for _ in range(2):
+            assert session.run({"x": array})["positions"].tolist() == [np.flatnonzero(array).tolist()]
+
+
+def test_model_that_declares_wrong_sizes_is_believed_once_only(tmp_path: Path) -> None:
+    session, seen = watched(save_nonzero(tmp_path / "nonzero.onnx", "n"))
+    full, half = np.array([1, 2], np.float32), np.array([0, 2], np.float32)
+    for x in (full, half, full, half, full, half):
+        session.run(["positions"], {"x": x})
+    assert seen.plain == ["-1"]
+
+
+def test_text_and_the_cpu_run_without_buffers(tmp_path: Path, mlp: Path) -> None:
+    strings = Session(models.save_strings(tmp_path / "strings.onnx"), CPU, SessionOptions())
+    assert bind(strings._session, strings.signature, Device("cuda"), {}) is strings._session
+    plain = Session(mlp, CPU, SessionOptions())
+    assert bind(plain._session, plain.signature, CPU, {}) is plain._session
+
+
+def test_gpu_sessions_are_bound(mlp: Path) -> None:
+    plain = Session(mlp, CPU, SessionOptions())
+    made = bind(plain._session, plain.signature, Device("cuda", 1), {GRAPH_ROWS: "1, 8"})
+    assert isinstance(made, BoundSession)
+
+
+def test_placement_is_that_of_the_session(mlp: Path) -> None:
+    options = SessionOptions(config={"session.record_ep_graph_assignment_info": "1"})
+    session = Session(mlp, CPU, options)
+    expected = session.placement()
+    session._session = BoundSession(session._session, session.signature, Memory("cpu"))
+    assert session.placement() == expected != {}
+
+
+@pytest.mark.parametrize("text", ["1;8", "one", "1,,8", "-1", "1.5"])
+def test_wrong_sizes_of_graphs_are_refused(text: str) -> None:
+    with pytest.raises(ArtifactError, match=r"slipstream\.cuda_graph_rows is .* separated by commas"):
+        graph_rows_of({GRAPH_ROWS: text})
+
+
+def test_sizes_of_graphs_are_read() -> None:
+    assert graph_rows_of({GRAPH_ROWS: "1, 8,32"}) == {1, 8, 32}
+    assert graph_rows_of({}) == frozenset()
+
+
+class FakeRuntime:
+    """The three calls of the CUDA runtime, as its manual declares them: 0 is success."""
+
+    def __init__(self, code: int = 0) -> None:
+        self.code, self.device = code, -1
+        self.pinned: dict[int | None, int] = {}
+
+    def cudaSetDevice(self, index: int) -> int:  # noqa: N802  (NVIDIA's name)
+        self.device = index
+        return 0
+
+    def cudaHostRegister(self, address: ctypes.c_void_p, size: ctypes.c_size_t, flags: int) -> int:  # noqa: N802
+        assert flags == 1
+        if not self.code:
+            self.pinned[address.value] = size.value
+        return self.code
+
+    def cudaHostUnregister(self, address: ctypes.c_void_p) -> int:  # noqa: N802
+        del self.pinned[address.value]
+        return 0
+
+
+def test_buffer_is_pinned_as_long_as_it_is_there() -> None:
+    runtime = FakeRuntime()
+    buffer = np.empty(4096, np.uint8)
+    CudaPin(runtime, 1)(buffer)
+    assert runtime.device == 1
+    assert runtime.pinned == {buffer.ctypes.data: 4096}
+    view = buffer[:8]
+    del buffer
+    assert runtime.pinned
+    del view
+    gc.collect()
+    assert not runtime.pinned
+
+
+def test_memory_that_cannot_be_pinned_is_logged_and_used(caplog: pytest.LogCaptureFixture) -> None:
+    buffer = np.empty(16, np.uint8)
+    CudaPin(FakeRuntime(code=2), 0)(buffer)
+    assert "cannot pin 16 bytes for cuda:0 (CUDA error 2)" in caplog.text
+    del buffer
+    gc.collect()
+    CudaPin(None, 0)(np.empty(16, np.uint8))
+
+
+def test_missing_cuda_runtime_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    assert cuda_runtime(("libnot-there.so.1",)) is None
+    assert "none of libnot-there.so.1 can be loaded" in caplog.text
+
+
+def test_memory_follows_the_device() -> None:
+    assert memory_of(CPU).kind == "cpu"
+    for kind in ("cuda", "tensorrt"):
+        memory = memory_of(Device(kind, 2))
+        assert (memory.kind, memory.index) == ("cuda", 2)
+        assert isinstance(memory.pin, CudaPin)

@@ -9,26 +9,24 @@ combination of input shapes, and only the elements move. Fixed addresses are als
 with buffers of their own let one batch be copied while another one is computed: onnxruntime gives every run that is in
 progress a stream of its own.
 
-All that differs between devices is ``Memory``, so the same code runs, and is tested, on the CPU. Unverified on GPU.
+All that differs between devices is ``device_memory.Memory``, so the same code runs, and is tested, on the CPU.
+Unverified on GPU.
 """
 
-import ctypes
 import logging
 import threading
-import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from itertools import count
 from queue import LifoQueue
 from typing import Any
 
-import numpy as np
-
+from server.device_memory import Memory, Staging, memory_of
 from server.errors import ArtifactError, SignatureMismatch
 from server.providers import Device, ort_errors
-from server.tensors import NUMPY_DTYPE, Array, Dimension, Signature, Tensors, TensorSpec
+from server.tensors import Array, Dimension, Signature, Tensors
 
 with suppress(ImportError):  # check_environment() tells the user which form of it to install
     import onnxruntime
@@ -45,79 +43,56 @@ MOST_SHAPES = 16
 MOST_BYTES = 1 << 28
 """What a runner keeps at most: combinations of input shapes, and bytes on the device."""
 
+CAPTURING_RUNS = 3
+"""onnxruntime runs a graph twice to allocate what it needs, and captures it in the third run."""
+
 _GRAPH = "gpu_graph_id"
 _NO_GRAPH = "-1"
-_PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device
-_CUDA_RUNTIMES = ("libcudart.so.13", "libcudart.so.12")
 
 Shapes = tuple[tuple[int, ...], ...]
 """The shape of every input, in the order of the signature."""
 
 
-@dataclass(frozen=True, slots=True)
-class Memory:
-    """Where bound tensors lie.
+class Gate:
+    """Lets many in, or one alone; who wants to be alone goes before those who come later.
 
-    Attributes:
-        kind: The device's name in onnxruntime: ``cpu`` or ``cuda``.
-        index: Number of the device.
-        pin: Called with each new staging buffer, UINT8; may let the device read it without a further copy.
+    CUDA allows no copy and no allocation by any thread of the process while a graph is being captured.
     """
 
-    kind: str
-    index: int = 0
-    pin: Callable[[Array], None] = lambda _buffer: None
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._inside = 0
+        self._is_closed = False
 
-    def tensor(self, spec: TensorSpec, shape: tuple[int, ...]) -> Any:
-        """Allocate a tensor; return onnxruntime's ``OrtValue``."""
-        dtype = NUMPY_DTYPE[spec.datatype]
-        return onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, dtype, self.kind, self.index)
+    @contextmanager
+    def shared(self) -> Iterator[None]:
+        """Be inside, maybe with others."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._is_closed)
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._inside -= 1
+                self._changed.notify_all()
 
-
-class CudaPin:
-    """Pins host memory with the CUDA runtime, until the array is gone; where that fails, copies are only slower.
-
-    Args:
-        runtime: The CUDA runtime; ``None`` when it is not installed.
-        index: Number of the GPU.
-    """
-
-    def __init__(self, runtime: Any, index: int) -> None:
-        self._runtime, self._index = runtime, index
-
-    def __call__(self, buffer: Array) -> None:
-        """Pin a buffer."""
-        if self._runtime is None:
-            return
-        address = ctypes.c_void_p(buffer.ctypes.data)
-        code = self._runtime.cudaSetDevice(self._index) or self._runtime.cudaHostRegister(
-            address, ctypes.c_size_t(buffer.nbytes), _PORTABLE
-        )
-        if code:
-            logger.warning(
-                "cannot pin %d bytes for cuda:%d (CUDA error %d): copies to it are slower; raise the memory lock limit",
-                buffer.nbytes,
-                self._index,
-                code,
-            )
-            return
-        weakref.finalize(buffer, self._runtime.cudaHostUnregister, address).atexit = False
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Be inside with nobody else; whoever calls must not be inside."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._is_closed)
+            self._is_closed = True
+            self._changed.wait_for(lambda: self._inside == 0)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._is_closed = False
+                self._changed.notify_all()
 
 
-def cuda_runtime(names: Sequence[str] = _CUDA_RUNTIMES) -> Any:
-    """Return the CUDA runtime library that the provider has loaded, or ``None`` when there is none."""
-    for name in names:
-        with suppress(OSError):
-            return ctypes.CDLL(name)
-    logger.warning("none of %s can be loaded: memory is not pinned and copies to the GPU are slower", ", ".join(names))
-    return None
-
-
-def memory_of(device: Device) -> Memory:
-    """Return where bound tensors of sessions on a device lie; TensorRT's are CUDA's."""
-    if device.kind == "cpu":
-        return Memory("cpu")
-    return Memory("cuda", device.index, CudaPin(cuda_runtime(), device.index))
+_CAPTURES = Gate()  # of the process, as CUDA's rule is
 
 
 def bind(session: Any, signature: Signature, device: Device, config: Mapping[str, str]) -> Any:
@@ -154,7 +129,7 @@ class BoundSession:
     """Runs an onnxruntime session with bound buffers; takes the place of the session where it is run.
 
     ``run`` may be called from several threads; ``RUNNERS`` of them run at a time, the others wait. With CUDA graphs the
-    copies overlap, but one run computes at a time, since a captured graph must not be replayed twice at once.
+    copies overlap, but all runs compute in one thread of the session's own: onnxruntime keeps graphs per thread.
 
     Args:
         session: onnxruntime's.
@@ -168,12 +143,11 @@ class BoundSession:
     ) -> None:
         self._session, self._signature = session, signature
         self._output_names = frozenset(spec.name for spec in signature.outputs)
-        self._turn: AbstractContextManager[Any] = threading.Lock() if graph_rows else nullcontext()
+        self._graphs = _Graphs(graph_rows)
         self._errors = ort_errors()
-        ids = count(1)  # of all runners together, and never used again: a graph's addresses never change
         self._idle: LifoQueue[_Runner] = LifoQueue()  # the last one first: its buffers are in use anyway
         for _ in range(RUNNERS):
-            self._idle.put(_Runner(session, signature, memory, _Graphs(graph_rows, ids, self._turn)))
+            self._idle.put(_Runner(session, signature, memory, self._graphs))
 
     def run(self, names: Sequence[str], inputs: Tensors) -> list[Array]:
         """Run the model.
@@ -212,18 +186,27 @@ class BoundSession:
         return self._session.get_provider_graph_assignment_info()
 
     def _plain(self, names: Sequence[str], inputs: Tensors) -> list[Array]:
-        with self._turn:
-            answers: list[Array] = self._session.run(list(names), inputs, _run_options(_NO_GRAPH))
+        with _CAPTURES.shared():
+            answers: list[Array] = self._graphs.compute(self._session.run, list(names), inputs, _run_options(_NO_GRAPH))
         return answers
 
 
-@dataclass(frozen=True, slots=True)
 class _Graphs:
-    """Which batch sizes are captured, the next free identity of a graph, and whose turn it is to compute."""
+    """Which batch sizes are captured, and where they compute.
 
-    rows: frozenset[int]
-    ids: "count[int]"
-    turn: AbstractContextManager[Any]
+    Attributes:
+        rows: The batch sizes; none after a capture failed.
+        ids: Identities of graphs, each for one set of addresses.
+    """
+
+    def __init__(self, rows: frozenset[int]) -> None:
+        self.rows = rows
+        self.ids = count(1)
+        self._thread = ThreadPoolExecutor(1, "cuda-graphs") if rows else None
+
+    def compute(self, run: Callable[..., Any], *args: Any) -> Any:
+        """Call in the thread of the graphs, or in this one when there are none."""
+        return self._thread.submit(run, *args).result() if self._thread is not None else run(*args)
 
 
 class _Bound:
@@ -252,7 +235,8 @@ class _Runner:
     def __init__(self, session: Any, signature: Signature, memory: Memory, graphs: _Graphs) -> None:
         self.fixes_outputs = True
         self._session, self._signature, self._memory, self._graphs = session, signature, memory, graphs
-        self._staging = _Staging(memory)
+        self._staging = Staging(memory)
+        self._errors = ort_errors()
         self._bound: OrderedDict[Shapes, _Bound] = OrderedDict()
 
     def run(self, shapes: Shapes, names: Sequence[str], inputs: Tensors) -> list[Array]:
@@ -260,16 +244,18 @@ class _Runner:
         bound = self._bound.pop(shapes, None) or _Bound(self._session, self._signature, shapes, self._memory)
         if not (bound.is_fixed and self.fixes_outputs):
             bound.free_outputs(self._signature, self._memory)
-        for name, tensor in bound.inputs.items():
-            tensor.update_inplace(self._staging.filled(inputs[name]))
-        with self._graphs.turn:
-            self._session.run_with_iobinding(bound.binding, bound.options)
-        outputs = dict(zip((spec.name for spec in self._signature.outputs), bound.binding.get_outputs(), strict=True))
+        with _CAPTURES.shared():
+            for name, tensor in bound.inputs.items():
+                tensor.update_inplace(self._staging.filled(inputs[name]))
+            self._graphs.compute(self._session.run_with_iobinding, bound.binding, bound.options)
+            tensors = bound.binding.get_outputs()
+            outputs = dict(zip((spec.name for spec in self._signature.outputs), tensors, strict=True))
+            answers = [_owned(outputs[name].numpy()) for name in names]
         if not bound.is_fixed and self.fixes_outputs:
-            self._fix(bound, shapes, list(outputs.values()))
+            self._fix(bound, shapes, tensors)
         self._bound[shapes] = bound
         self._evict()
-        return [_owned(outputs[name].numpy()) for name in names]
+        return answers
 
     def _fix(self, bound: _Bound, shapes: Shapes, outputs: Sequence[Any]) -> None:
         """Keep the outputs where they are if their sizes follow from those of the inputs; maybe capture a graph."""
@@ -281,7 +267,20 @@ class _Runner:
         captured = sum(other.n_bytes for other in self._bound.values() if other.has_graph)
         rows = shapes[0][0] if shapes and shapes[0] else 0
         if rows in self._graphs.rows and captured + bound.n_bytes <= MOST_BYTES:
-            bound.has_graph, bound.options = True, _run_options(str(next(self._graphs.ids)))
+            self._capture(bound)
+
+    def _capture(self, bound: _Bound) -> None:
+        """Run until onnxruntime has captured the graph: later runs only replay it, so they disturb nobody."""
+        options = _run_options(str(next(self._graphs.ids)))
+        try:
+            with _CAPTURES.alone():
+                for _ in range(CAPTURING_RUNS):
+                    self._graphs.compute(self._session.run_with_iobinding, bound.binding, options)
+        except self._errors as exc:
+            self._graphs.rows = frozenset()
+            logger.warning("a CUDA graph cannot be captured, this session goes without: %s", exc)
+        else:
+            bound.has_graph, bound.options = True, options
 
     def _evict(self) -> None:
         # onnxruntime keeps captured graphs, which read and write their buffers, as long as the session is open.
@@ -289,23 +288,6 @@ class _Runner:
         n_bytes = sum(bound.n_bytes for bound in self._bound.values())
         while passing and (len(passing) > MOST_SHAPES or n_bytes > MOST_BYTES):
             n_bytes -= self._bound.pop(passing.pop(0)).n_bytes
-
-
-class _Staging:
-    """Host memory from which inputs are copied to the device, one after the other; it grows to the largest."""
-
-    def __init__(self, memory: Memory) -> None:
-        self._memory = memory
-        self._buffer: Array = np.empty(0, np.uint8)
-
-    def filled(self, array: Array) -> Array:
-        """Return a contiguous copy of an array, valid until the next call."""
-        if array.nbytes > self._buffer.nbytes:
-            self._buffer = np.empty(1 << (array.nbytes - 1).bit_length(), np.uint8)
-            self._memory.pin(self._buffer)
-        view = self._buffer[: array.nbytes].view(array.dtype).reshape(array.shape)
-        np.copyto(view, array)
-        return view
 
 
 def _output_shapes(signature: Signature, shapes: Shapes) -> dict[str, tuple[Dimension, ...]]:

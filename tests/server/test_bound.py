@@ -1,6 +1,5 @@
 """Bound runs on the CPU: the same code as on a GPU, with the CPU's memory and without graphs being captured."""
 
-import ctypes
 import gc
 import threading
 import weakref
@@ -16,19 +15,18 @@ from onnx import TensorProto, helper
 from server import bound
 from server.artifact import SessionOptions
 from server.bound import (
+    CAPTURING_RUNS,
     GRAPH_ROWS,
     MOST_SHAPES,
     RUNNERS,
     BoundSession,
-    CudaPin,
-    Memory,
+    Gate,
     bind,
-    cuda_runtime,
     graph_rows_of,
-    memory_of,
 )
+from server.device_memory import Memory
 from server.errors import ArtifactError, InferenceFailed
-from server.providers import CPU, Device, open_ort_session
+from server.providers import CPU, Device, open_ort_session, ort_errors
 from server.session import Session
 from tests import models
 from tests.artifacts import random_inputs
@@ -200,9 +198,10 @@ def test_two_runs_compute_at_a_time(mlp: Path) -> None:
 
 
 def test_with_graphs_one_run_computes_while_another_is_copied(mlp: Path) -> None:
-    copied, computing, turn = threading.Event(), threading.Event(), threading.Lock()
+    copied, computing, turn, threads = threading.Event(), threading.Event(), threading.Lock(), set()
 
     def compute() -> None:
+        threads.add(threading.get_ident())
         assert turn.acquire(blocking=False), "two runs compute at a time"
         try:
             if not computing.is_set():
@@ -221,14 +220,55 @@ def test_with_graphs_one_run_computes_while_another_is_copied(mlp: Path) -> None
         assert computing.wait(TIMEOUT_S)
         second = pool.submit(session.run, ["y"], x_of(2))
         np.testing.assert_array_equal(first.result(TIMEOUT_S)[0], second.result(TIMEOUT_S)[0])
+    assert len(threads) == 1, "onnxruntime keeps graphs per thread"
 
 
-def test_a_graph_has_fixed_addresses_and_other_sizes_have_none(mlp: Path) -> None:
+CAPTURE = ["-1", *["1"] * CAPTURING_RUNS]
+
+
+def test_a_graph_is_captured_at_once_has_fixed_addresses_and_other_sizes_have_none(mlp: Path) -> None:
     session, seen = watched(mlp, frozenset({4}))
     for rows in (4, 4, 2, 4, 2, 4):
         session.run(["y"], x_of(rows))
-    assert [graph for graph, _ in seen.graphs] == ["-1", "1", "-1", "1", "-1", "1"]
+    assert [graph for graph, _ in seen.graphs] == [*CAPTURE, "1", "-1", "1", "-1", "1"]
     assert len({addresses for graph, addresses in seen.graphs if graph == "1"}) == 1
+
+
+def test_nothing_is_copied_while_a_graph_is_captured(mlp: Path) -> None:
+    gate = bound._CAPTURES
+
+    class Capturing(Watched):
+        def run_with_iobinding(self, binding: Any, options: Any) -> None:
+            captures = options.get_run_config_entry("gpu_graph_id") == "1" and len(self.graphs) <= CAPTURING_RUNS
+            assert gate._is_closed == captures
+            assert gate._inside == (0 if captures else 1)
+            super().run_with_iobinding(binding, options)
+
+    copies: list[int] = []
+    memory = Memory("cpu", 0, lambda _buffer: copies.append(gate._inside))
+    session = BoundSession(Capturing(mlp), Session(mlp, CPU, SessionOptions()).signature, memory, frozenset({4}))
+    for rows in (4, 4, 8):
+        session.run(["y"], x_of(rows))
+    with pytest.raises(ort_errors(), match="Got: 63"):
+        session.run(["y"], {"x": np.zeros((1, 63), np.float32)})
+    assert copies == [1, 1]
+    assert (gate._inside, gate._is_closed) == (0, False)
+
+
+def test_capture_that_fails_is_logged_and_the_session_goes_on_without_graphs(
+    mlp: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Uncapturable(Watched):
+        def run_with_iobinding(self, binding: Any, options: Any) -> None:
+            if options.get_run_config_entry("gpu_graph_id") != "-1":
+                raise RuntimeError("operation not permitted when stream is capturing")
+            super().run_with_iobinding(binding, options)
+
+    plain = Session(mlp, CPU, SessionOptions())
+    session = BoundSession(Uncapturable(mlp), plain.signature, Memory("cpu"), frozenset({2, 4}))
+    for rows in (2, 4, 2, 4):
+        np.testing.assert_array_equal(session.run(["y"], x_of(rows))[0], plain.run(x_of(rows))["y"])
+    assert caplog.text.count("a CUDA graph cannot be captured") == 1
 
 
 def test_runners_never_share_a_graph(mlp: Path) -> None:
@@ -236,12 +276,11 @@ def test_runners_never_share_a_graph(mlp: Path) -> None:
     session.run(["y"], x_of(4))
     first = session._idle.get()  # a run in progress keeps its runner
     try:
-        for _ in range(2):
-            session.run(["y"], x_of(4))
+        session.run(["y"], x_of(4))
     finally:
         session._idle.put(first)
     session.run(["y"], x_of(4))
-    assert [graph for graph, _ in seen.graphs] == ["-1", "-1", "2", "1"]
+    assert [graph for graph, _ in seen.graphs] == [*CAPTURE, "-1", *["2"] * CAPTURING_RUNS, "1"]
 
 
 def test_buffers_of_a_graph_stay(mlp: Path) -> None:
@@ -257,9 +296,32 @@ def test_buffers_of_a_graph_stay(mlp: Path) -> None:
 def test_graphs_take_a_limited_number_of_bytes(mlp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bound, "MOST_BYTES", 10 * (64 + 10) * 4)  # ten rows in and out
     session, seen = watched(mlp, frozenset({4, 5, 6}))
-    for rows in (4, 4, 5, 5, 6, 6):
+    for rows in (4, 5, 6, 6):
         session.run(["y"], x_of(rows))
-    assert [graph for graph, _ in seen.graphs] == ["-1", "1", "-1", "2", "-1", "-1"]
+    assert [graph for graph, _ in seen.graphs] == [*CAPTURE, "-1", *["2"] * CAPTURING_RUNS, "-1", "-1"]
+
+
+def test_gate_lets_nobody_in_beside_one_who_is_alone() -> None:
+    gate = Gate()
+    entered, seen = threading.Event(), []
+
+    def alone() -> None:
+        entered.set()
+        with gate.alone():
+            seen.append("alone")
+
+    with ThreadPoolExecutor(2) as pool:
+        with gate.shared(), gate.shared():
+            waiting = pool.submit(alone)
+            assert entered.wait(TIMEOUT_S)
+            seen.append("shared")
+        waiting.result(TIMEOUT_S)
+        with gate.alone():
+            later = pool.submit(lambda: gate.shared().__enter__())
+            seen.append("alone again")
+            assert not later.done()
+        later.result(TIMEOUT_S)
+    assert seen == ["shared", "alone", "alone again"]
 
 
 BAD_INPUTS = [
@@ -382,61 +444,3 @@ def test_wrong_sizes_of_graphs_are_refused(text: str) -> None:
 def test_sizes_of_graphs_are_read() -> None:
     assert graph_rows_of({GRAPH_ROWS: "1, 8,32"}) == {1, 8, 32}
     assert graph_rows_of({}) == frozenset()
-
-
-class FakeRuntime:
-    """The three calls of the CUDA runtime, as its manual declares them: 0 is success."""
-
-    def __init__(self, code: int = 0) -> None:
-        self.code, self.device = code, -1
-        self.pinned: dict[int | None, int] = {}
-
-    def cudaSetDevice(self, index: int) -> int:  # noqa: N802  (NVIDIA's name)
-        self.device = index
-        return 0
-
-    def cudaHostRegister(self, address: ctypes.c_void_p, size: ctypes.c_size_t, flags: int) -> int:  # noqa: N802
-        assert flags == 1
-        if not self.code:
-            self.pinned[address.value] = size.value
-        return self.code
-
-    def cudaHostUnregister(self, address: ctypes.c_void_p) -> int:  # noqa: N802
-        del self.pinned[address.value]
-        return 0
-
-
-def test_buffer_is_pinned_as_long_as_it_is_there() -> None:
-    runtime = FakeRuntime()
-    buffer = np.empty(4096, np.uint8)
-    CudaPin(runtime, 1)(buffer)
-    assert runtime.device == 1
-    assert runtime.pinned == {buffer.ctypes.data: 4096}
-    view = buffer[:8]
-    del buffer
-    assert runtime.pinned
-    del view
-    gc.collect()
-    assert not runtime.pinned
-
-
-def test_memory_that_cannot_be_pinned_is_logged_and_used(caplog: pytest.LogCaptureFixture) -> None:
-    buffer = np.empty(16, np.uint8)
-    CudaPin(FakeRuntime(code=2), 0)(buffer)
-    assert "cannot pin 16 bytes for cuda:0 (CUDA error 2)" in caplog.text
-    del buffer
-    gc.collect()
-    CudaPin(None, 0)(np.empty(16, np.uint8))
-
-
-def test_missing_cuda_runtime_is_logged(caplog: pytest.LogCaptureFixture) -> None:
-    assert cuda_runtime(("libnot-there.so.1",)) is None
-    assert "none of libnot-there.so.1 can be loaded" in caplog.text
-
-
-def test_memory_follows_the_device() -> None:
-    assert memory_of(CPU).kind == "cpu"
-    for kind in ("cuda", "tensorrt"):
-        memory = memory_of(Device(kind, 2))
-        assert (memory.kind, memory.index) == ("cuda", 2)
-        assert isinstance(memory.pin, CudaPin)

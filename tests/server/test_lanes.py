@@ -140,7 +140,7 @@ def test_variant_without_its_device_is_refused_quietly(tmp_path: Path, mlp: Path
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
-def test_lanes_of_a_gpu_come_before_those_of_the_cpu_and_two_share_a_session(tmp_path: Path, mlp: Path, every_device_works):
+def test_lanes_of_a_gpu_come_first_and_two_share_a_session(tmp_path: Path, mlp: Path, every_device_works):
     folder = write_artifact(tmp_path, "mlp", "1", {"fp32": mlp, "fp16": mlp, "int8": mlp})
     fp32, fp16, int8 = read_artifact(folder).variants
     on = msgspec.structs.replace

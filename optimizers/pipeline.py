@@ -17,6 +17,7 @@ import msgspec
 from optimizers.asking import Original, Parts, Place, ask, parts_of
 from optimizers.budget import Budget
 from optimizers.building import Built, Line, on_gpu
+from optimizers.engine_forms import EngineForm, find_int8
 from optimizers.engines import build_engines
 from optimizers.evaluator import Evaluate, load_evaluator
 from optimizers.evidence import HeldOut
@@ -119,10 +120,20 @@ def _passes() -> list[Pass]:
 
 
 class _Searched(msgspec.Struct, frozen=True):
-    """What the search leaves: its path, the candidates, and the model's features (none without a search)."""
+    """What the search leaves.
+
+    Attributes:
+        found: Its path.
+        built: The candidates.
+        form: What only engines are made of.
+        form_record: What the report says of it; ``None`` when none was wanted.
+        features: Of the model; none without a search.
+    """
 
     found: Found
     built: tuple[Appraisal, ...]
+    form: EngineForm | None = None
+    form_record: EngineRecord | None = None
     features: Features = ()
 
 
@@ -166,9 +177,9 @@ class _Run:
         track = self._track(original, answered)
         try:
             line = Line(original, self._workshop(parts, answered))
-            searched = self._search(line, track, parts, answered, part(observe, 0.05, 0.5))
-            untouched = Built(UNTOUCHED, "fp32", "cpu", exact=True, form=original)
             exam = self._exam("held-out", answered.held_out, answered, parts)
+            searched = self._search(line, track, parts, answered, exam, part(observe, 0.05, 0.5))
+            untouched = Built(UNTOUCHED, "fp32", "cpu", exact=True, form=original)
             trial = Trial(untouched, searched.built, exam, track, self._trial_plan(), part(observe, 0.55, 0.4))
             outcome = trial.run()
         finally:
@@ -177,7 +188,7 @@ class _Run:
         observe("write the artifact", 0.96)
         folder = self.work / "artifact"
         folder.mkdir()
-        engines = self._engines(searched.built, parts, answered, folder)
+        engines = self._engines(searched, parts, answered, folder)
         edition = Edition(
             request=self.request,
             version=self.version,
@@ -189,6 +200,7 @@ class _Run:
             passes=tuple(line.records),
             found=searched.found,
             outcome=outcome,
+            engine_form=searched.form,
             engines=engines,
             seconds=self.budget.elapsed_s,
         )
@@ -246,18 +258,30 @@ class _Run:
             samples, name, digest, rows, self.host.cores, self.store, self.host.fingerprint, self.tools.evaluate
         )
 
-    def _search(self, line: Line, track: Track, parts: Parts, answered: Original, observe: Observe) -> _Searched:
+    def _search(
+        self, line: Line, track: Track, parts: Parts, answered: Original, exam: Exam, observe: Observe
+    ) -> _Searched:
         """Build the exact forms, then what the recipe names, or else what the exploration finds."""
         if self.recipe.variants:
             listed = tuple(self._listed(line, plan, observe) for plan in self.recipe.variants)
-            return _Searched(Found((), (), {}), listed)
+            source = next((a.built for a in listed if a.built.exact and not a.failure), None)
+            return _Searched(Found((), (), {}), listed, *self._engine_form(line, source, parts, exam))
         fp32 = build_exact(line, track, EXACT, self.recipe.seed, part(observe, 0.0, 0.2))
         exact = [fp32] if self.recipe.portable else [fp32, self._host_build(line, fp32)]
         features = features_of(op_counts(load_model(fp32.model)), fp32.size_bytes, track.quick_ms(fp32))
+        form = self._engine_form(line, fp32, parts, exam)  # before the time budget binds: it was asked for
         found = self._explore(line, track, parts, answered, exact, features, part(observe, 0.2, 0.8))
         on_cpu = [*(Appraisal(b, failure=b.failure) for b in exact), *found.appraised]
         gpu = on_gpu([a.built for a in on_cpu if not a.failure], self.devices)
-        return _Searched(found, (*on_cpu, *map(Appraisal, gpu)), features)
+        return _Searched(found, (*on_cpu, *map(Appraisal, gpu)), *form, features)
+
+    def _engine_form(
+        self, line: Line, exact: Built | None, parts: Parts, exam: Exam
+    ) -> tuple[EngineForm | None, EngineRecord | None]:
+        wanted = "tensorrt" in self.recipe.devices and "int8" in self.recipe.precisions
+        if not wanted or exact is None or parts.no_proof:
+            return None, None
+        return find_int8(line, exact, exam, self.gate)
 
     def _host_build(self, line: Line, fp32: Built) -> Built:
         left_out = fp32.options.config.get(DISABLED_OPTIMIZERS, "")
@@ -336,12 +360,13 @@ class _Run:
         """Seconds for the races of the trial, unless they cannot be as short."""
         return min(self.request.time_budget_s * _RACE_SHARE, _MOST_RACE_S)
 
-    def _engines(
-        self, built: Sequence[Appraisal], parts: Parts, answered: Original, folder: Path
-    ) -> tuple[EngineRecord, ...]:
+    def _engines(self, searched: _Searched, parts: Parts, answered: Original, folder: Path) -> tuple[EngineRecord, ...]:
         if "tensorrt" not in self.recipe.devices:
             return ()
-        forms = [a.built for a in built if a.built.name in _ENGINES and not a.built.failure]
+        forms = [a.built for a in searched.built if a.built.name in _ENGINES and not a.built.failure]
         wanted = {served_name(form.name): form.model for form in forms}
-        rows = answered.batching.max_rows
-        return build_engines(wanted, parts.held_out, rows, folder / "engines", self.request.pass_timeout_s)
+        if searched.form is not None:
+            wanted[searched.form.built.name] = searched.form.built.model
+        rows, folder = answered.batching.max_rows, folder / "engines"
+        built = build_engines(wanted, parts.held_out, rows, folder, self.request.pass_timeout_s)
+        return (searched.form_record, *built) if searched.form_record is not None else built

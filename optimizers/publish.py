@@ -9,6 +9,8 @@ import msgspec
 import numpy as np
 
 from optimizers.asking import Original
+from optimizers.building import Built
+from optimizers.engine_forms import EngineForm
 from optimizers.explore import Found
 from optimizers.fidelity import promise
 from optimizers.graph import files_of
@@ -21,7 +23,18 @@ from optimizers.search import Gate
 from optimizers.stages import Staging, add_stages
 from optimizers.store import key_of
 from optimizers.trial import Chosen, Outcome, headline
-from server.artifact import FORMAT, GOLDEN, MANIFEST, Batching, Golden, Manifest, Source, Variant, digest_of
+from server.artifact import (
+    FORMAT,
+    GOLDEN,
+    MANIFEST,
+    Batching,
+    Golden,
+    Manifest,
+    SessionOptions,
+    Source,
+    Variant,
+    digest_of,
+)
 from server.errors import ArtifactError, SlipstreamError
 from server.golden import sqnr_db
 from server.host import HostFacts
@@ -38,6 +51,7 @@ class Edition(msgspec.Struct, frozen=True):
     """Everything that one artifact is written from.
 
     Attributes:
+        engine_form: What only engines are made of; ``None`` without.
         lost: That the first choice was refused when it was written; empty when it was not.
     """
 
@@ -51,6 +65,7 @@ class Edition(msgspec.Struct, frozen=True):
     passes: tuple[PassRecord, ...]
     found: Found
     outcome: Outcome
+    engine_form: EngineForm | None
     engines: tuple[EngineRecord, ...]
     seconds: float
     lost: str = ""
@@ -71,6 +86,8 @@ def publish(folder: Path, edition: Edition) -> None:
     if edition.request.recipe.stages > 1:
         variants, record = add_stages(folder, variants, _staging(edition))
         edition = msgspec.structs.replace(edition, engines=(*edition.engines, record))
+    if edition.engine_form is not None:
+        variants = (*variants, _write_engine_form(folder, edition.engine_form, edition.original.golden))
     manifest = _manifest(folder, edition, variants)
     recipe = write_recipe(_replay(edition))
     (folder / RECIPE).write_text(recipe, encoding="utf-8")
@@ -163,35 +180,47 @@ def move_into_place(folder: Path, target: Path) -> None:
 
 
 def _write_variant(folder: Path, choice: Chosen, golden: Golden, host: str) -> Variant:
-    place = folder / choice.name / "model.onnx"
-    place.parent.mkdir()
-    shutil.copyfile(choice.built.model, place)
-    for weights in files_of(choice.built.model)[1:]:  # of a model beyond 2 GB
-        shutil.copyfile(weights, place.parent / weights.name)
-    session = Session(place, Device(choice.built.provider), choice.options)
-    try:
-        reached = sqnr_db(golden.outputs, session.run(golden.inputs))
-    finally:
-        session.close()
-    if reached <= 0:
-        raise ArtifactError(
-            f"variant {choice.name} reaches {reached:.1f} dB on the golden samples; it must reach more than 0"
-        )
-    extra = {file.name: digest_of(file) for file in sorted(place.parent.iterdir()) if file != place}
-    return Variant(
-        name=choice.name,
-        file=str(place.relative_to(folder)),
-        sha256=digest_of(place),
-        size_bytes=choice.built.size_bytes,
-        precision=choice.built.precision,
-        provider=choice.built.provider,
-        options=choice.options,
-        golden_min_sqnr_db=min(reached - GOLDEN_MARGIN_DB, GOLDEN_CEILING_DB),
+    written = _write(folder, choice.name, choice.built, choice.options, golden)
+    return msgspec.structs.replace(
+        written,
         fidelity=choice.fidelity,
         latency=choice.latency,
         host=host,
         host_bound=choice.built.host_bound,
         from_rows=choice.from_rows,
+    )
+
+
+def _write_engine_form(folder: Path, form: EngineForm, golden: Golden) -> Variant:
+    """Write what an engine is built of; no device has measured it."""
+    written = _write(folder, form.built.name, form.built, form.options, golden)
+    return msgspec.structs.replace(written, provider="tensorrt", options=SessionOptions(), fidelity=form.fidelity)
+
+
+def _write(folder: Path, name: str, built: Built, options: SessionOptions, golden: Golden) -> Variant:
+    """Copy a form in, and bind it to what it reaches on the golden samples."""
+    place = folder / name / "model.onnx"
+    place.parent.mkdir()
+    shutil.copyfile(built.model, place)
+    for weights in files_of(built.model)[1:]:  # of a model beyond 2 GB
+        shutil.copyfile(weights, place.parent / weights.name)
+    session = Session(place, Device(built.provider), options)
+    try:
+        reached = sqnr_db(golden.outputs, session.run(golden.inputs))
+    finally:
+        session.close()
+    if reached <= 0:
+        raise ArtifactError(f"variant {name} reaches {reached:.1f} dB on the golden samples; it must reach more than 0")
+    extra = {file.name: digest_of(file) for file in sorted(place.parent.iterdir()) if file != place}
+    return Variant(
+        name=name,
+        file=str(place.relative_to(folder)),
+        sha256=digest_of(place),
+        size_bytes=built.size_bytes,
+        precision=built.precision,
+        provider=built.provider,
+        options=options,
+        golden_min_sqnr_db=min(reached - GOLDEN_MARGIN_DB, GOLDEN_CEILING_DB),
         weights=extra,
     )
 

@@ -117,7 +117,7 @@ class Building:
         await _run(command, _only(device, os.environ))
         return msgspec.structs.replace(
             source,
-            name=f"{source.name}-engine",
+            name=source.name if source.provider == "tensorrt" else f"{source.name}-engine",
             file=str(plan),
             provider=device.kind,
             options=SessionOptions(),
@@ -128,13 +128,19 @@ class Building:
 
 
 def sources(manifest: Manifest, served: Sequence[str]) -> list[Variant]:
-    """Return the variants in service of which engines are made: those for CUDA, else the first in full precision.
+    """Return the variants of which engines are made: those for CUDA, or the first in full precision; and for TensorRT.
 
     INT8 variants for the CPU are none: TensorRT refuses their asymmetric ranges.
+
+    Args:
+        manifest: The model's.
+        served: Names of its variants in service.
     """
-    there = [variant for variant in manifest.variants if variant.name in served and not variant.stages]
+    whole = [variant for variant in manifest.variants if not variant.stages]
+    made_for = [variant for variant in whole if variant.provider == "tensorrt"]
+    there = [variant for variant in whole if variant.name in served]
     on_gpu = [variant for variant in there if variant.provider == "cuda"]
-    return on_gpu or [variant for variant in there if variant.precision == "fp32"][:1]
+    return [*(on_gpu or [variant for variant in there if variant.precision == "fp32"][:1]), *made_for]
 
 
 def profile_of(manifest: Manifest, golden: Golden) -> Profile:

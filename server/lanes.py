@@ -108,7 +108,8 @@ class Lanes:
 
         Args:
             engine: The engine, with its profile.
-            source: What it was built of, which runs the shapes that the profile leaves out.
+            source: What it was built of. It runs the shapes that the profile leaves out, where it serves itself, or
+                else the variant that serves first.
             device: Where the engine runs.
 
         Raises:
@@ -118,7 +119,8 @@ class Lanes:
         if engine.profile is None:
             raise ArtifactError(f"the engine {engine.file} has no profile")
         plan = open_variant(self._artifact.folder, engine, [device], engine.options, None)
-        session = RangedSession(plan, engine.profile, self._opened[source.name])
+        otherwise = self._opened.get(source.name) or next(iter(self._opened.values()))
+        session = RangedSession(plan, engine.profile, otherwise)
         self._keep(session, engine)
         if self._closed:  # looked at after ``_keep``: either ``close`` finds the session, or this finds it closed
             session.close()

@@ -165,6 +165,7 @@ class Model:
         self._scheduler.prefer(lanes)
         self.variants = tuple(dict.fromkeys(spec.variant for spec in self._lanes.specs))
         for lane in lanes:
+            self.refused.pop(lane.variant, None)
             self._metrics.variant_served(lane.variant, True)
 
     def discard(self, lanes: Sequence[LaneSpec]) -> None:

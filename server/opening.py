@@ -70,7 +70,7 @@ class Opener:
         self._require_not_stopping()
         low_priority = self._has_no_threads(artifact)
         model = await self.background.run(
-            _load, artifact, self.devices.usable, self._settings, self._metrics, self._splits, low=low_priority
+            _load, artifact, self._devices_at_once, self._settings, self._metrics, self._splits, low=low_priority
         )
         if self.is_stopping:
             model.close()
@@ -90,6 +90,12 @@ class Opener:
     def _require_not_stopping(self) -> None:
         if self.is_stopping:
             raise Draining("the server is stopping; ask another replica")
+
+    @property
+    def _devices_at_once(self) -> tuple[Device, ...]:
+        """The devices on which a model can serve as soon as it is opened; engines take their time."""
+        builds = self._settings.engines == "build"
+        return tuple(device for device in self.devices.usable if not (builds and device.kind == "tensorrt"))
 
     def _has_no_threads(self, artifact: Artifact) -> bool:
         # Threads of a session's pool, and those of a GPU driver, inherit the priority of the thread that opens it.

@@ -32,6 +32,8 @@ PROVEN_DB = 60.0
 LEAST_OPSET = 7
 """From here on Mul and Add broadcast as numpy does."""
 
+_WEIGHTS_ALONE = 4  # IR version; before it, every weight had to be an input as well
+
 _COMPUTES_IN = {  # type of the original's input -> type of the normalization
     TensorProto.FLOAT16: TensorProto.FLOAT,
     TensorProto.FLOAT: TensorProto.FLOAT,
@@ -178,7 +180,10 @@ class _Chain:
         reads = [self.last]
         if weight is not None:
             reads.append(self._free(f"{name}/by"))
-            self._model.graph.initializer.append(numpy_helper.from_array(weight, reads[-1]))
+            graph, tensor = self._model.graph, numpy_helper.from_array(weight, reads[-1])
+            graph.initializer.append(tensor)
+            if self._model.ir_version < _WEIGHTS_ALONE:
+                graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
         self.nodes.append(helper.make_node(op_type, reads, [name], name=name, **attributes))
         self.last = name
 

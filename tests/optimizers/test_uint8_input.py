@@ -111,6 +111,16 @@ def test_names_that_are_taken_are_not_used_twice(tmp_path: Path) -> None:
     assert run(made, tmp_path / "m.onnx", x=np.array([7], np.uint8))["y"].tolist() == [14.0]
 
 
+def test_old_models_stay_valid(tmp_path: Path) -> None:
+    old = model_of([NODE("Neg", ["x"], ["y"])], {"x": ["n", 3]}, {"y": ["n", 3]}, opset=7, ir_version=3)
+    made = with_uint8_inputs(old, {"x": PHOTO})
+    onnx.checker.check_model(made)
+    assert signature_of(made).inputs == (TensorSpec("x", "UINT8", ("n", 3)),)
+    x = pictures(2, 3)
+    expected = -normalized(x, PHOTO, ("n", 3), np.dtype(np.float32))
+    np.testing.assert_allclose(run(made, tmp_path / "m.onnx", x=x)["y"], expected, rtol=1e-5, atol=1e-6)
+
+
 def test_the_given_model_stays_as_it_is() -> None:
     model = elementwise(["n", 3, 4, 5])
     before = model.SerializeToString(deterministic=True)

@@ -10,6 +10,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from optimizers import pipeline
 from optimizers.errors import CalibrationError, ModelError, RecipeError
 from optimizers.graph import load_model, save_model, signature_of
 from optimizers.pipeline import existing, optimize
@@ -254,9 +255,28 @@ def test_artifact_takes_bytes_and_its_golden_answers_are_the_original_s(request_
     assert replay["uint8_inputs"]["image"]["channels_last"] is True
 
 
-def test_another_normalization_is_another_request(request_of_bytes: OptimizeRequest) -> None:
-    other = msgspec.structs.replace(RECIPE, uint8_inputs={"image": msgspec.structs.replace(LAST, scale=1.0)})
-    assert existing(msgspec.structs.replace(request_of_bytes, recipe=other)) is None
+def test_another_normalization_is_another_request_with_answers_of_its_own(request_of_bytes: OptimizeRequest) -> None:
+    plan = msgspec.structs.replace(LAST, scale=1.0)
+    other = msgspec.structs.replace(
+        request_of_bytes, name="other", recipe=msgspec.structs.replace(RECIPE, uint8_inputs={"image": plan})
+    )
+    assert existing(msgspec.structs.replace(other, name="cnn")) is None
+    golden = read_golden(optimize(other).folder)  # with the cache of the first one
+    floats = normalized(golden.inputs["image"], plan, ("batch", 3, 16, 16), np.dtype(np.float32))
+    original = Session(request_of_bytes.model, CPU, SessionOptions())
+    assert sqnr_db(original.run({"image": floats}), golden.outputs) > PROVEN_DB
+
+
+def test_a_run_ends_when_the_rewritten_model_is_not_the_original(
+    request_of_bytes: OptimizeRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(model: onnx.ModelProto, inputs: dict[str, Uint8Input]) -> onnx.ModelProto:
+        swapped = {name: msgspec.structs.replace(plan, mean=plan.mean[::-1]) for name, plan in inputs.items()}
+        return with_uint8_inputs(model, swapped)
+
+    monkeypatch.setattr(pipeline, "with_uint8_inputs", wrong)
+    with pytest.raises(ModelError, match="sample 0 is answered with"):
+        optimize(msgspec.structs.replace(request_of_bytes, name="wrong"))
 
 
 def test_floats_between_0_and_1_are_no_pictures(request_of_bytes: OptimizeRequest, tmp_path: Path) -> None:

@@ -170,9 +170,10 @@ class BoundSession:
             return self._plain(names, inputs)
         runner = self._idle.get()
         try:
-            return runner.run(shapes, names, inputs)
-        except self._errors:
-            # Also what a model raises whose output is not always of the size that it declares: its buffer did not fit.
+            with suppress(*self._errors):
+                return runner.run(shapes, names, inputs)
+            # Memory was too short, the input is bad, or the output is not of the size that the model declares.
+            runner.release()
             answers = self._plain(names, inputs)
             declared = _output_shapes(self._signature, shapes)
             if any(declared[name] != answer.shape for name, answer in zip(names, answers, strict=True)):
@@ -254,8 +255,12 @@ class _Runner:
         if not bound.is_fixed and self.fixes_outputs:
             self._fix(bound, shapes, tensors)
         self._bound[shapes] = bound
-        self._evict()
+        self._evict(MOST_BYTES)
         return answers
+
+    def release(self) -> None:
+        """Give up all buffers but those of graphs."""
+        self._evict(0)
 
     def _fix(self, bound: _Bound, shapes: Shapes, outputs: Sequence[Any]) -> None:
         """Keep the outputs where they are if their sizes follow from those of the inputs; maybe capture a graph."""
@@ -282,11 +287,11 @@ class _Runner:
         else:
             bound.has_graph, bound.options = True, options
 
-    def _evict(self) -> None:
+    def _evict(self, most_bytes: int) -> None:
         # onnxruntime keeps captured graphs, which read and write their buffers, as long as the session is open.
         passing = [shapes for shapes, bound in self._bound.items() if not bound.has_graph]
         n_bytes = sum(bound.n_bytes for bound in self._bound.values())
-        while passing and (len(passing) > MOST_SHAPES or n_bytes > MOST_BYTES):
+        while passing and (len(passing) > MOST_SHAPES or n_bytes > most_bytes):
             n_bytes -= self._bound.pop(passing.pop(0)).n_bytes
 
 

@@ -26,7 +26,7 @@ from server.bound import (
 )
 from server.device_memory import Memory
 from server.errors import ArtifactError, InferenceFailed
-from server.providers import CPU, Device, open_ort_session, ort_errors
+from server.providers import CPU, Device, open_ort_session, ort_errors, usable_devices
 from server.session import Session
 from tests import models
 from tests.artifacts import random_inputs
@@ -364,6 +364,24 @@ def test_failing_kernel_fails_as_inference_and_the_next_run_is_right(tmp_path: P
         np.testing.assert_array_equal(session.run(good)["vector"], plain.run(good)["vector"])
 
 
+def test_a_failure_gives_back_the_buffers_but_those_of_graphs(tmp_path: Path) -> None:
+    memory = CountedMemory()
+    session = opened(models.save_sequence(tmp_path / "sequence.onnx"), frozenset({2}), memory)
+
+    def good(rows: int) -> dict[str, np.ndarray]:
+        return {"ids": np.ones((rows, 2), np.int64), "mask": np.ones((rows, 2), np.int64)}
+
+    session.run(good(2))
+    session.run(good(3))
+    with pytest.raises(InferenceFailed, match="out of data bounds"):
+        session.run({**good(4), "ids": np.full((4, 2), 1000)})
+    memory.allocated.clear()
+    session.run(good(2))
+    assert memory.allocated == []
+    session.run(good(3))
+    assert memory.allocated == [(3, 2)] * 2
+
+
 def test_batch_without_rows_needs_no_buffers(mlp: Path) -> None:
     session, seen = watched(mlp)
     assert session.run(["y"], x_of(0))[0].shape == (0, 10)
@@ -448,3 +466,17 @@ def test_wrong_sizes_of_graphs_are_refused(text: str) -> None:
 def test_sizes_of_graphs_are_read() -> None:
     assert graph_rows_of({GRAPH_ROWS: "1, 8,32"}) == {1, 8, 32}
     assert graph_rows_of({}) == frozenset()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("save", [models.save_mlp, models.save_cnn, models.save_sequence])
+def test_gpu_answers_are_those_of_plain_runs_on_the_same_gpu(tmp_path: Path, save: Any) -> None:
+    device = usable_devices("prefer")[0]
+    if device == CPU:
+        pytest.skip("no GPU works here")
+    session = Session(save(tmp_path / "model.onnx"), device, SessionOptions())
+    plain = open_ort_session(tmp_path / "model.onnx", device, SessionOptions())
+    for seed, rows in enumerate((1, 4, 32, 4, 1)):
+        inputs = random_inputs(session.signature, rows=rows, seed=seed)
+        for seen, expected in zip(session.run(inputs).values(), plain.run(None, inputs), strict=True):
+            np.testing.assert_array_equal(seen, expected)

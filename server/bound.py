@@ -109,7 +109,8 @@ def bind(session: Any, signature: Signature, device: Device, config: Mapping[str
     """
     if device.kind == "cpu" or any(spec.datatype == "BYTES" for spec in (*signature.inputs, *signature.outputs)):
         return session
-    return BoundSession(session, signature, memory_of(device), graph_rows_of(config))
+    rows = graph_rows_of(config) if device.kind == "cuda" else frozenset()
+    return BoundSession(session, signature, memory_of(device), rows)
 
 
 def graph_rows_of(config: Mapping[str, str]) -> frozenset[int]:
@@ -170,11 +171,14 @@ class BoundSession:
             return self._plain(names, inputs)
         runner = self._idle.get()
         try:
-            with suppress(*self._errors):
+            try:
                 return runner.run(shapes, names, inputs)
+            except self._errors as exc:
+                failure = str(exc)  # not the exception, whose traceback holds buffers
             # Memory was too short, the input is bad, or the output is not of the size that the model declares.
             runner.release()
             answers = self._plain(names, inputs)
+            logger.warning("a bound run failed where a plain one, which is slower, did not: %s", failure)
             declared = _output_shapes(self._signature, shapes)
             if any(declared[name] != answer.shape for name, answer in zip(names, answers, strict=True)):
                 runner.fixes_outputs = False

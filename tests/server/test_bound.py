@@ -428,12 +428,15 @@ def test_outputs_whose_size_follows_from_the_data_are_right(tmp_path: Path, size
             assert session.run({"x": array})["positions"].tolist() == [np.flatnonzero(array).tolist()]
 
 
-def test_model_that_declares_wrong_sizes_is_believed_once_only(tmp_path: Path) -> None:
+def test_model_that_declares_wrong_sizes_is_believed_once_only(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     session, seen = watched(save_nonzero(tmp_path / "nonzero.onnx", "n"))
     full, half = np.array([1, 2], np.float32), np.array([0, 2], np.float32)
     for x in (full, half, full, half, full, half):
         session.run(["positions"], {"x": x})
     assert seen.plain == ["-1"]
+    assert caplog.text.count("a bound run failed where a plain one, which is slower, did not: ") == 1
 
 
 def test_text_and_the_cpu_run_without_buffers(tmp_path: Path, mlp: Path) -> None:

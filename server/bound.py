@@ -25,16 +25,13 @@ from typing import Any
 
 from server.device_memory import Memory, Staging, memory_of
 from server.errors import ArtifactError, SignatureMismatch
-from server.providers import Device, ort_errors
+from server.providers import GRAPH_ROWS, Device, ort_errors
 from server.tensors import Array, Dimension, Signature, Tensors
 
 with suppress(ImportError):  # check_environment() tells the user which form of it to install
     import onnxruntime
 
 logger = logging.getLogger(__name__)
-
-GRAPH_ROWS = "slipstream.cuda_graph_rows"
-"""Session entry: batch sizes to capture as CUDA graphs, e.g. ``1,8,32``; the provider must allow graphs, too."""
 
 RUNNERS = 2
 """Runs of one session at a time: one is copied while the other is computed."""

@@ -10,6 +10,7 @@ import msgspec
 
 from server.artifact import Artifact, LatencyTable, Variant, read_golden
 from server.bench import LEAST_BUDGET_S, SessionBench, Subject
+from server.bound import RUNNERS
 from server.errors import ArtifactError, Draining, InferenceFailed, StartupError
 from server.golden import require_golden
 from server.host import read_host
@@ -24,9 +25,6 @@ from server.tensors import Signature, TensorSpec
 from server.worker import INLINE_LANE_S
 
 logger = logging.getLogger(__name__)
-
-GPU_LANES = 2
-"""Of a variant on a GPU: the host copies and splits one batch while the GPU computes the other."""
 
 _BUDGET_SHARE = 0.5  # of the time that opening took until then, for measuring splits of slow models
 _PLAIN_S, _FOREIGN_S = 1.0, 0.5  # for a latency table
@@ -129,7 +127,7 @@ class Lanes:
         latency = self._measure(session, sample)
         agreement = _agreement_of(source)
         lane = LaneSpec(engine.name, device.name, session, latency, 1, agreement=agreement, probe=sample.probe)
-        return [lane] * GPU_LANES
+        return [lane] * RUNNERS
 
     def discard(self, lanes: Sequence[LaneSpec]) -> None:
         """Release the lanes of an engine."""
@@ -186,8 +184,8 @@ class Lanes:
 
     def _split_of(self, variant: Variant, device: Device, *, is_main: bool, is_foreign: bool) -> Split:
         """Return how lanes of a variant use the device unless that is measured now."""
-        if device.kind != "cpu":
-            return Split(1 + len(variant.stages) if variant.stages else GPU_LANES, 1)
+        if device.kind != "cpu":  # one lane's batch is copied and split while the other's is computed
+            return Split(1 + len(variant.stages) if variant.stages else RUNNERS, 1)
         cores = usable_cores()
         if variant.stages:  # a batch is in one stage at a time
             stages = 1 + len(variant.stages)

@@ -2,7 +2,8 @@
 
 onnxruntime replaces a GPU provider that it cannot load by the CPU, without an exception, and lists providers that were
 compiled in, not those that work. So a provider counts as usable only after a session on it gave the right answer, and
-every session is asked which providers it really holds. This is the only module of the runtime that imports onnxruntime.
+every session is asked which providers it really holds. Beside this module only ``bound`` and ``device_memory`` import
+onnxruntime.
 """
 
 import contextlib
@@ -78,6 +79,9 @@ EXACT_PRODUCTS = "session.x64quantprecision"
 
 RECORD_PLACEMENT = "session.record_ep_graph_assignment_info"
 """Session entry: remember which provider got which node, see ``placement_of``."""
+
+GRAPH_ROWS = "slipstream.cuda_graph_rows"
+"""Session entry of our own: batch sizes to capture as CUDA graphs, e.g. ``1,8,32``."""
 
 _INT8_DOT_PRODUCT = frozenset({"avx512_vnni", "avx_vnni"})
 _CPUINFO = Path("/proc/cpuinfo")
@@ -325,6 +329,8 @@ def _providers(device: Device, options: SessionOptions) -> list[tuple[str, dict[
     if device.memory_bytes:
         cuda["gpu_mem_limit"] = str(device.memory_bytes)
     if device.kind == "cuda":
+        if options.config.get(GRAPH_ROWS):
+            cuda["enable_cuda_graph"] = "1"
         return [(_EXECUTION_PROVIDER["cuda"], {**cuda, **own}), cpu]
     tensorrt = {"device_id": str(device.index), **own}
     return [(_EXECUTION_PROVIDER["tensorrt"], tensorrt), (_EXECUTION_PROVIDER["cuda"], cuda), cpu]

@@ -9,7 +9,7 @@ from benchmarks.gpu.floor import Ceilings, Work, bound_run, median_s
 from benchmarks.gpu.subjects import Subject
 from server.artifact import Artifact, SessionOptions
 from server.errors import StartupError
-from server.providers import Device, open_ort_session, ort_errors
+from server.providers import GRAPH_ROWS, Device, open_ort_session, ort_errors
 from server.session import Session
 from server.tensors import Array
 
@@ -22,7 +22,8 @@ class Timing(msgspec.Struct, frozen=True):
     Attributes:
         precision: ``fp32``, ``tf32`` or ``fp16``.
         way: ``run`` (arrays in, arrays out), ``bound`` (tensors stay in the device's memory), ``graph`` (bound, and
-            replayed as a CUDA graph) or ``served`` (the session that the server uses).
+            replayed as a CUDA graph), ``served`` (the session that the server uses) or ``served-graph`` (the same with
+            CUDA graphs).
         rows: Batch size.
         ms: Median.
         floor_ms: The least that the device's ceilings allow.
@@ -63,7 +64,7 @@ def measure(
             batch = subject.batch(rows)
             floor_ms = ceilings.floor_s(work, rows, precision) * 1e3
             for way, opener in _WAYS.items():
-                if way == "graph" and device.kind == "cpu":
+                if way.endswith("graph") and device.kind == "cpu":
                     continue
                 try:
                     seen_ms = median_s(opener(model, device, options, batch), seconds) * 1e3
@@ -92,4 +93,11 @@ def _served(model: Path, device: Device, options: SessionOptions, batch: dict[st
     return lambda: session.run(batch)
 
 
-_WAYS = {"run": _run, "bound": _bound, "graph": _graph, "served": _served}
+def _served_graph(
+    model: Path, device: Device, options: SessionOptions, batch: dict[str, Array]
+) -> Callable[[], object]:
+    sizes = {**options.config, GRAPH_ROWS: str(len(next(iter(batch.values()))))}
+    return _served(model, device, msgspec.structs.replace(options, config=sizes), batch)
+
+
+_WAYS = {"run": _run, "bound": _bound, "graph": _graph, "served": _served, "served-graph": _served_graph}

@@ -16,7 +16,6 @@ from server import bound
 from server.artifact import SessionOptions
 from server.bound import (
     CAPTURING_RUNS,
-    GRAPH_ROWS,
     MOST_SHAPES,
     RUNNERS,
     BoundSession,
@@ -26,7 +25,7 @@ from server.bound import (
 )
 from server.device_memory import Memory
 from server.errors import ArtifactError, InferenceFailed
-from server.providers import CPU, Device, open_ort_session, ort_errors, usable_devices
+from server.providers import CPU, GRAPH_ROWS, Device, open_ort_session, ort_errors, usable_devices
 from server.session import Session
 from tests import models
 from tests.artifacts import random_inputs

@@ -289,6 +289,12 @@ def test_limit_of_memory_and_a_variants_own_options_reach_the_provider(gpu_build
     assert opened.providers[0][1] == {"device_id": "0", "trt_builder_optimization_level": "5"}
 
 
+def test_sizes_for_graphs_turn_graphs_on(gpu_build, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(onnxruntime, "InferenceSession", RecordingSession)
+    opened = open_ort_session(b"", Device("cuda"), SessionOptions(config={providers.GRAPH_ROWS: "1,8"}))
+    assert dict(opened.providers)["CUDAExecutionProvider"]["enable_cuda_graph"] == "1"
+
+
 @pytest.mark.parametrize(
     ("device", "option", "told"),
     [

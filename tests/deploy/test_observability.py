@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 
 import httpx
+import promql_parser
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -90,6 +91,15 @@ def queries(helm: Helm) -> Iterator[tuple[str, str]]:
 
 def dashboard() -> dict[str, list[dict[str, object]]]:
     return json.loads((CHART / "files" / "dashboard.json").read_text())
+
+
+def test_every_query_is_promql(helm: Helm) -> None:
+    for place, query in queries(helm):
+        if not query.startswith("label_values("):
+            try:
+                promql_parser.parse(query.replace("$__rate_interval", "5m"))
+            except ValueError as exc:
+                pytest.fail(f"{place}: {exc}: {query}")
 
 
 def test_every_metric_and_label_is_exported(helm: Helm, exported: Labels) -> None:

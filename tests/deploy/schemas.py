@@ -13,7 +13,8 @@ from referencing import Registry, Resource
 from deploy.fetch_schemas import fetch_schemas
 
 NEWEST = "1.37"
-OLDEST = "1.29"
+# The oldest one that the chart allows.
+OLDEST = "1.25"
 
 _NAME = {"type": "string", "minLength": 1}
 # The Gateway API's classes are in no Python package: the fields that the chart uses, from its specification.

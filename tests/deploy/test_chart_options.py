@@ -260,6 +260,12 @@ def test_ci_holds_the_production_values() -> None:
         ("models.fetch.uri=s3://b/m", "models.fetch.image is empty"),
         ("models.fetch.uri=s3://b/m,models.fetch.image=f,models.existingClaim=c", "set at most one source of models"),
         ("cache.enabled=true", 'set rollout to "replace"'),
+        (
+            "models.fetch.uri=s3://b/m,models.fetch.image=f,networkPolicy.enabled=true",
+            "allow DNS and the storage there",
+        ),
+        ("keda.enabled=true,keda.minReplicas=11", "keda.minReplicas is 11, above keda.maxReplicas, which is 10"),
+        ("autoscaling.enabled=true,autoscaling.maxReplicas=1", "autoscaling.minReplicas is 2, above"),
         ("optimizer.models[0].name=a,optimizer.models[0].file=a.onnx", "optimizer.models needs a claim to write to"),
         (
             "optimizer.models[0].name=a,optimizer.models[0].file=a.onnx,models.existingClaim=c",

@@ -70,8 +70,8 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 
 {{/* Labels of pods that are not servers, so that the Service sends them nothing: (list . "component"). */}}
 {{- define "slipstream.helperLabels" -}}
-{{- $component := index . 1 }}
-{{- with index . 0 }}
+{{- $component := index . 1 -}}
+{{- with index . 0 -}}
 app.kubernetes.io/name: {{ include "slipstream.name" . | trunc (int (sub 62 (len $component))) | trimSuffix "-" }}-{{ $component }}
 app.kubernetes.io/instance: {{ .Release.Name }}
 {{- end }}

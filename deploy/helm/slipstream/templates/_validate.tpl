@@ -33,4 +33,13 @@
 {{- if and .Values.optimizer.models (not .Values.optimizer.source.existingClaim) }}
 {{- fail "optimizer.models needs the claim that holds the ONNX files; set optimizer.source.existingClaim" }}
 {{- end }}
+{{- if and .Values.models.fetch.uri .Values.networkPolicy.enabled (not .Values.networkPolicy.egress) }}
+{{- fail "models.fetch.uri is set but networkPolicy.egress is empty, so the init container reaches no storage; allow DNS and the storage there" }}
+{{- end }}
+{{- range $name := list "autoscaling" "keda" }}
+{{- $scaler := index $.Values $name }}
+{{- if and $scaler.enabled (gt (int $scaler.minReplicas) (int $scaler.maxReplicas)) }}
+{{- fail (printf "%s.minReplicas is %d, above %s.maxReplicas, which is %d" $name (int $scaler.minReplicas) $name (int $scaler.maxReplicas)) }}
+{{- end }}
+{{- end }}
 {{- end }}

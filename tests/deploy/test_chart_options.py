@@ -101,6 +101,15 @@ def test_cache_makes_a_stateful_set_whose_pods_have_names(helm: Helm) -> None:
     assert not all_of(manifests, "Deployment")
 
 
+def test_what_kubernetes_never_changes_holds_no_version(helm: Helm) -> None:
+    """A label with the chart's version there would make every upgrade fail."""
+    stateful = workload_of(helm.template(*STATEFUL))["spec"]
+    constant = {"app.kubernetes.io/name": "slipstream", "app.kubernetes.io/instance": "rel"}
+    assert stateful["selector"]["matchLabels"] == constant
+    assert stateful["volumeClaimTemplates"][0]["metadata"]["labels"] == constant
+    assert workload_of(helm.template())["spec"]["selector"]["matchLabels"] == constant
+
+
 def test_fetched_models_outlive_the_pod_where_there_is_a_cache(helm: Helm) -> None:
     for arguments, volume in (
         (STATEFUL, "cache"),

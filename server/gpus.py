@@ -20,7 +20,7 @@ except ImportError:  # the gpu extra brings it; without it there are no such met
 
 logger = logging.getLogger(__name__)
 
-_KINDS = {
+KINDS = {
     "slipstream_gpu_utilization_ratio": "Share of the last sampling period in which a kernel ran, 0 to 1.",
     "slipstream_gpu_memory_used_bytes": "Memory in use, of all processes.",
     "slipstream_gpu_memory_bytes": "Memory of the GPU.",
@@ -28,6 +28,8 @@ _KINDS = {
     "slipstream_gpu_temperature_celsius": "Temperature of the die.",
     "slipstream_gpu_throttled": "1 while the clocks are held back by power, heat or a brake of the hardware.",
 }
+"""Name -> help text of every gauge."""
+
 # nvmlClocksEventReasons: idle clocks (0x1) and clocks that an operator set (0x2, 0x100) hold nothing back.
 _HELD_BACK = 0x4 | 0x8 | 0x20 | 0x40 | 0x80
 
@@ -54,7 +56,7 @@ class GpuCollector(Collector):
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         """Yield the gauges of every GPU that answers."""
-        families = {name: GaugeMetricFamily(name, text, labels=["device"]) for name, text in _KINDS.items()}
+        families = {name: GaugeMetricFamily(name, text, labels=["device"]) for name, text in KINDS.items()}
         for device, handle in self._handles.items():
             for name, read in _READERS.items():
                 value = self._value(f"{name} of {device}", read, handle)

@@ -97,7 +97,8 @@ def test_cache_makes_a_stateful_set_whose_pods_have_names(helm: Helm) -> None:
     (claim,) = stateful["volumeClaimTemplates"]
     mounts = {mount["mountPath"]: mount["name"] for mount in server_of(manifests)["volumeMounts"]}
     assert mounts["/cache"] == claim["metadata"]["name"]
-    assert server_of(manifests)["env"][0]["value"].startswith("/cache/")
+    variables = {variable["name"]: variable["value"] for variable in server_of(manifests)["env"]}
+    assert variables == {"CUDA_CACHE_PATH": "/cache/cuda", "SLIPSTREAM_ENGINE_CACHE": "/cache/engines"}
     assert not all_of(manifests, "Deployment")
 
 

@@ -75,6 +75,8 @@ spec:
     # Kernels that the driver compiles for this GPU outlive the pod.
     - name: CUDA_CACHE_PATH
       value: /cache/cuda
+    - name: SLIPSTREAM_ENGINE_CACHE
+      value: /cache/engines
     {{- end }}
     {{- with .Values.env }}
     {{- toYaml . | nindent 4 }}

@@ -3,6 +3,7 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import onnx
 import pytest
 
@@ -145,6 +146,49 @@ def test_files_that_are_no_models_are_refused(tmp_path: Path) -> None:
     with pytest.raises(EngineBuildError, match=r"cannot read .*strings\.onnx"):
         build_engine(save_strings(tmp_path / "strings.onnx"), Profile({}, {}, {}), tmp_path / "model.plan", RTX)
     assert not (tmp_path / "model.plan").exists()
+
+
+@rtx
+def test_fp32_is_fp32_unless_tf32_is_asked_for(tmp_path: Path) -> None:
+    model = save_mlp(tmp_path / "model.onnx")
+    for name, options in (("fp32", RTX), ("tf32", msgspec.structs.replace(RTX, tf32=True))):
+        build_engine(model, MLP, tmp_path / f"{name}.plan", options)
+    assert (tmp_path / "fp32.plan").read_bytes() != (tmp_path / "tf32.plan").read_bytes()
+
+
+@rtx
+def test_one_engine_has_several_profiles(tmp_path: Path) -> None:
+    model = save_mlp(tmp_path / "model.onnx")
+    small = Profile({"x": (1, 64)}, {"x": (4, 64)}, {"x": (8, 64)})
+    one = build_engine(model, MLP, tmp_path / "one.plan", RTX)
+    two = build_engine(model, [small, MLP], tmp_path / "two.plan", RTX)
+    assert two.plan_bytes > one.plan_bytes
+    with pytest.raises(EngineBuildError, match=r"names \['z'\]"):
+        build_engine(model, [small, profile("z", 64)], tmp_path / "none.plan", RTX)
+
+
+@rtx
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"level": 3}, "does not know a builder level; leave it out"),
+        ({"hardware_compatibility": "ampere-plus"}, "does not know hardware compatibility"),
+        ({"version_compatible": True, "level": 0}, "a builder level, version compatibility"),
+        ({"level": 6}, "builder level 6; it is 0 to 5"),
+        ({"level": -1}, "builder level -1; it is 0 to 5"),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(tmp_path: Path, options: dict[str, object], reason: str) -> None:
+    model = save_mlp(tmp_path / "model.onnx")
+    with pytest.raises(EngineBuildError, match=reason):
+        build_engine(model, MLP, tmp_path / "model.plan", msgspec.structs.replace(RTX, **options))
+
+
+@rtx
+def test_sparse_weights_are_an_option_of_both(tmp_path: Path) -> None:
+    model = save_mlp(tmp_path / "model.onnx")
+    sparse = msgspec.structs.replace(RTX, sparse_weights=True)
+    assert build_engine(model, MLP, tmp_path / "model.plan", sparse).plan_bytes > 1000
 
 
 @rtx

@@ -9,13 +9,15 @@ import time
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 
 from optimizers import engines
 from optimizers.calibration import Samples
-from optimizers.engines import build_engines, profile_of
+from optimizers.engine import EngineOptions
+from optimizers.engines import EnginePolicy, build_engines, has_sparse_weights
 from optimizers.report import EngineRecord
-from server.artifact import Profile
 from tests import models
 
 rtx = pytest.mark.skipif(
@@ -45,18 +47,6 @@ def build(model: Path, folder: Path, timeout_s: float = 120.0) -> EngineRecord:
     return record
 
 
-def test_profile_reaches_from_one_row_to_the_largest_batch():
-    samples = Samples({"ids": np.zeros((20, 7), np.int64), "mask": np.zeros((20, 7), np.int64)}, 20, batched=True)
-    one, many = (dict.fromkeys(("ids", "mask"), (rows, 7)) for rows in (1, 16))
-    assert profile_of(samples, 16) == Profile(one, many, many)
-
-
-def test_profile_of_inputs_without_a_batch_axis_is_their_shape():
-    samples = Samples({"frame": np.zeros((20, 3, 5), np.float32)}, 20, batched=False, whole=frozenset({"frame"}))
-    shape = {"frame": (3, 5)}
-    assert profile_of(samples, 16) == Profile(shape, shape, shape)
-
-
 @rtx
 def test_engine_is_built_beside_the_artifact_and_recorded(mlp: Path, tmp_path: Path):
     record = build(mlp, tmp_path / "engines")
@@ -65,6 +55,48 @@ def test_engine_is_built_beside_the_artifact_and_recorded(mlp: Path, tmp_path: P
     size = (tmp_path / "engines" / "fp32.plan").stat().st_size
     assert record.facts["plan"] == f"engines/fp32.plan, {size} bytes"
     assert record.facts["builder"].startswith("tensorrt-rtx ")
+
+
+@rtx
+def test_engine_of_an_earlier_run_is_taken_from_the_cache(mlp: Path, tmp_path: Path):
+    policy = EnginePolicy(tmp_path / "cache", EngineOptions(flavour="tensorrt-rtx", capabilities=("8.9",)))
+    records = []
+    for run in ("one", "two"):
+        records += build_engines({"fp32": mlp}, MLP_SAMPLES, 8, tmp_path / run, 120, policy)
+    assert [record.facts["cache"] for record in records] == ["built now", "hit"]
+    assert [record.facts["compute capabilities"] for record in records] == ["8.9", "8.9"]
+    assert (tmp_path / "one" / "fp32.plan").read_bytes() == (tmp_path / "two" / "fp32.plan").read_bytes()
+
+
+def layer(op: str, weight: np.ndarray, shape: list[int], **attributes: int) -> onnx.ModelProto:
+    node = helper.make_node(op, ["x", "w"], ["y"], **attributes)
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in "xy"]
+    return helper.make_model(
+        helper.make_graph([node], "one", ends[:1], ends[1:], [numpy_helper.from_array(weight, "w")])
+    )
+
+
+PATTERN = np.tile(np.array([1, 0, 0, 1], np.float32), 2)  # of 8 inputs
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, np.int8])
+def test_sparse_weights_are_those_with_the_pattern_along_their_inputs(dtype: type):
+    rows = np.tile(PATTERN[:, None], (1, 4)).astype(dtype)
+    assert has_sparse_weights(layer("MatMul", rows, [1, 8]))
+    assert not has_sparse_weights(layer("MatMul", rows.T.copy(), [1, 8]))  # full along its inputs
+    assert has_sparse_weights(layer("Gemm", rows, [1, 8]))
+    assert has_sparse_weights(layer("Gemm", rows.T.copy(), [1, 8], transB=1))
+    assert not has_sparse_weights(layer("Gemm", rows, [1, 8], transB=1))
+    kernel = np.tile(PATTERN[None, :, None, None], (4, 1, 3, 3)).astype(dtype)
+    assert has_sparse_weights(layer("Conv", kernel, [1, 8, 5, 5]))
+    assert not has_sparse_weights(layer("Conv", kernel.swapaxes(0, 1).copy(), [1, 4, 5, 5]))
+
+
+def test_weights_without_the_pattern_are_not_sparse(mlp: Path):
+    assert not has_sparse_weights(onnx.load(mlp))
+    assert not has_sparse_weights(layer("MatMul", np.zeros((8, 4), np.float32), [1, 8]))
+    assert not has_sparse_weights(layer("MatMul", np.ones((6, 4), np.float32), [1, 6]))
+    assert not has_sparse_weights(layer("Add", np.zeros(8, np.float32), [1, 8]))
 
 
 @rtx
@@ -84,7 +116,7 @@ def test_refused_model_is_recorded_and_the_others_are_built(mlp: Path, tmp_path:
     ],
 )
 def test_builder_that_fails_is_a_refusal(builder: object, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(engines, "build_engine", builder)
+    monkeypatch.setattr(engines, "build_plan", builder)
     record = build(tmp_path / "model.onnx", tmp_path / "engines")
     assert record.status == "fp32: refused"
     assert reason in record.reason
@@ -102,7 +134,7 @@ def test_builder_that_hangs_is_stopped_alone(tmp_path: Path, monkeypatch: pytest
     before = set(multiprocessing.active_children())
     other = multiprocessing.get_context("spawn").Process(target=hang, daemon=True)
     other.start()
-    monkeypatch.setattr(engines, "build_engine", hang)
+    monkeypatch.setattr(engines, "build_plan", hang)
     try:
         record = build(tmp_path / "model.onnx", tmp_path / "engines", timeout_s=0.3)
         assert (record.status, record.reason) == ("fp32: refused", "stopped after 0.3 s")

@@ -25,6 +25,7 @@ _COMMANDS = {
     "serve": ("server.cli", "Serve a repository, or one model file, over HTTP."),
     "inspect": ("optimizers.cli", "Show what is in an artifact: variants, evidence, verdicts."),
     "verify": ("optimizers.cli", "Prove an artifact again on this host."),
+    "build-engine": ("optimizers.engine_cli", "Build a TensorRT engine of an ONNX model."),
 }
 _CACHE = Path(".slipstream") / "models"
 
@@ -36,7 +37,7 @@ class _Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002  (click's)
         if cmd_name not in _COMMANDS:
             return None
-        command = getattr(_load(_COMMANDS[cmd_name][0], cmd_name), cmd_name)
+        command = getattr(_load(_COMMANDS[cmd_name][0], cmd_name), cmd_name.replace("-", "_"))
         if not isinstance(command, click.Command):
             raise TypeError(f"{cmd_name} is not a click command")
         return _with_model_file(command) if cmd_name == "serve" else command

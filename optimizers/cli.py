@@ -29,12 +29,12 @@ from server.host import read_host
 from server.providers import Device, check_environment, usable_devices
 from server.staged import open_variant
 
-_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _DECIDING_ROWS = (1, 8)
 _TABLE_COLUMNS = 120  # more than any table has: a number that is cut says nothing
 
 
-def _reports_errors(command: Callable[..., None]) -> Callable[..., None]:
+def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
     """Turn our errors into one line on stderr and exit code 1; ``--debug`` shows the traceback."""
 
     @wraps(command)
@@ -80,12 +80,12 @@ def _seconds(_context: click.Context, _parameter: click.Parameter, value: float)
 
 
 @click.command("optimize")
-@click.argument("model", type=_FILE)
+@click.argument("model", type=FILE)
 @click.option("--repository", required=True, type=click.Path(file_okay=False, path_type=Path), help="Folder of models.")
 @click.option("--name", required=True, help="Name to serve the model under.")
 @click.option("--version", type=click.IntRange(min=1), help="Version number.  [default: the next one]")
-@click.option("--calibration", type=_FILE, help="DATA.npz; without it only exact variants are made.")
-@click.option("--labels", type=_FILE, help="LABELS.npz, to judge by accuracy as well; needs --calibration.")
+@click.option("--calibration", type=FILE, help="DATA.npz; without it only exact variants are made.")
+@click.option("--labels", type=FILE, help="LABELS.npz, to judge by accuracy as well; needs --calibration.")
 @click.option("--min-agreement", type=float, help="Least share of equal decisions, 0 to 1.  [default: 0.99]")
 @click.option("--max-accuracy-drop", type=float, help="Largest loss of accuracy on labels, 0 to 1.  [default: 0.01]")
 @click.option("--devices", callback=_listed, help="List of cpu, cuda, tensorrt.  [default: cpu,cuda]")
@@ -109,13 +109,13 @@ def _seconds(_context: click.Context, _parameter: click.Parameter, value: float)
 @click.option("--stages", type=int, help="Cut the first choice into stages for as many devices.  [default: 1, whole]")
 @click.option("--stage-bytes", type=int, help="Weights that a device holds, with --stages.  [default: no limit]")
 @click.option("--evaluator", default="", help="MODULE:FUNCTION(outputs, labels) -> metric, higher is better.")
-@click.option("--recipe", "recipe_file", type=_FILE, help="RECIPE.toml; options given here win over it.")
+@click.option("--recipe", "recipe_file", type=FILE, help="RECIPE.toml; options given here win over it.")
 @click.option("--time-budget", default=300.0, show_default=True, callback=_seconds, help="Seconds for the whole run.")
 @click.option(
     "--cache", type=click.Path(file_okay=False, path_type=Path), help="Finished work.  [default: REPO/.cache]"
 )
 @click.option("--json", "as_json", is_flag=True, help="Print report.json on stdout, and nothing else there.")
-@_reports_errors
+@reports_errors
 def optimize(model: Path, recipe_file: Path | None, time_budget: float, *, as_json: bool, **options: Any) -> None:
     """Optimize MODEL.onnx, prove every variant against it on this host, and write a servable artifact.
 
@@ -143,7 +143,7 @@ def optimize(model: Path, recipe_file: Path | None, time_budget: float, *, as_js
     found = pipeline.existing(request)
     artifact = found
     if artifact is None:
-        with _progress() as observe:
+        with progress() as observe:
             artifact = pipeline.optimize(request, observe)
     _print_result(artifact, is_new=found is None, as_json=as_json)
 
@@ -151,7 +151,7 @@ def optimize(model: Path, recipe_file: Path | None, time_budget: float, *, as_js
 @click.command("inspect")
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print report.json on stdout, and nothing else there.")
-@_reports_errors
+@reports_errors
 def inspect(folder: Path, *, as_json: bool) -> None:
     """Show what is in the artifact FOLDER (models/NAME/VERSION): its variants, and why each was kept or refused."""
     _print_result(read_artifact(folder), is_new=False, as_json=as_json)
@@ -159,7 +159,7 @@ def inspect(folder: Path, *, as_json: bool) -> None:
 
 @click.command("verify")
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@_reports_errors
+@reports_errors
 def verify(folder: Path) -> None:
     """Prove the artifact FOLDER (models/NAME/VERSION) again on this host.
 
@@ -207,8 +207,11 @@ def _recipe(file: Path | None, options: dict[str, Any]) -> Recipe:
 
 
 @contextmanager
-def _progress() -> Iterator[pipeline.Observe]:
-    """Show a bar with the current stage on stderr; plain lines when that is no terminal."""
+def progress() -> Iterator[pipeline.Observe]:
+    """Show a bar with the current stage on stderr; plain lines when that is no terminal.
+
+    Yields a function of the stage and the share that is done, 0 to 1, for any thread.
+    """
     console = Console(stderr=True)
     if not console.is_terminal:
         seen: list[str] = []

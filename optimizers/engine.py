@@ -189,6 +189,11 @@ def _configure(trt: Any, config: Any, flavour: Flavour, options: EngineOptions) 
         raise EngineBuildError(f"builder level {options.level}; it is 0 to {_MOST_LEVEL}")
     if flavour == "tensorrt-rtx":
         _refuse_unknown_to_rtx(options)
+    elif options.capabilities != RTX_CAPABILITIES:
+        raise EngineBuildError(
+            f"tensorrt builds for the GPU that is present, not for compute capabilities {list(options.capabilities)}; "
+            "leave them out or build with tensorrt-rtx"
+        )
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_bytes)
     for flag, wanted in (
         ("TF32", options.tf32),
@@ -300,7 +305,7 @@ def _check_bounds(name: str, shape: tuple[int, ...], bounds: list[tuple[int, ...
 
 def _target(trt: Any, config: Any, flavour: Flavour, wanted: tuple[str, ...]) -> tuple[str, ...]:
     """Choose the compute capabilities; TensorRT itself always builds for the GPU that is present."""
-    if flavour != "tensorrt-rtx":
+    if flavour == "tensorrt":
         return ()
     known = {name: value for name, value in trt.ComputeCapability.__members__.items() if name.startswith("SM")}
     config.num_compute_capabilities = len(wanted)

@@ -24,7 +24,7 @@ def test_help_names_every_command_and_imports_nothing_heavy() -> None:
         "try: slipstream.main(['--help'])\n"
         "finally: print('heavy:', sorted({'numpy', 'onnx', 'onnxruntime', 'fastapi'} & set(sys.modules)))"
     )
-    for command in ("optimize", "serve", "inspect", "verify"):
+    for command in ("optimize", "serve", "inspect", "verify", "build-engine"):
         assert f"\n  {command} " in result.stdout
     assert "heavy: []" in result.stdout
 
@@ -41,7 +41,7 @@ def test_unknown_command_is_wrong_usage() -> None:
     assert "No such command 'fly'" in result.output
 
 
-@pytest.mark.parametrize("command", ["optimize", "inspect", "verify"])
+@pytest.mark.parametrize("command", ["optimize", "inspect", "verify", "build-engine"])
 def test_missing_optimizer_says_how_to_install_it(command: str) -> None:
     result = run(f"import sys; sys.modules['onnx'] = None; import slipstream; slipstream.main(['{command}', 'x'])")
     assert result.returncode == 1

@@ -116,3 +116,10 @@ def test_tensorrt_takes_its_own_options(mlp: Path, tmp_path: Path):
 def test_rtx_times_nothing(mlp: Path, tmp_path: Path):
     build_engine(mlp, MLP, tmp_path / "a.plan", EngineOptions(flavour="tensorrt-rtx", timings=tmp_path / "timings"))
     assert not (tmp_path / "timings").exists()
+
+
+@pytest.mark.usefixtures("as_tensorrt")
+def test_tensorrt_builds_for_no_other_gpu(mlp: Path, tmp_path: Path):
+    options = EngineOptions(flavour="tensorrt", capabilities=("8.9",))
+    with pytest.raises(EngineBuildError, match=r"not for compute capabilities \['8\.9'\]; leave them out"):
+        build_engine(mlp, MLP, tmp_path / "a.plan", options)

@@ -144,12 +144,17 @@ def sources(manifest: Manifest, served: Sequence[str]) -> list[Variant]:
 
 
 def profile_of(manifest: Manifest, golden: Golden) -> Profile:
-    """Return shapes from one row to the largest batch; other variable axes go from 1 to the golden inputs' size."""
+    """Return shapes from one row to the largest batch; other variable axes go from 1 to the golden inputs' size.
+
+    Inputs of a fixed shape need none.
+    """
     minimum: dict[str, tuple[int, ...]] = {}
     maximum: dict[str, tuple[int, ...]] = {}
     for spec in manifest.signature.inputs:
+        if all(isinstance(size, int) for size in spec.shape):
+            continue
         seen = golden.inputs[spec.name].shape
-        rows = manifest.batching.max_rows if manifest.batching.batchable else seen[0] if seen else 1
+        rows = manifest.batching.max_rows if manifest.batching.batchable else seen[0]
         largest = [rows if axis == 0 else size for axis, size in enumerate(seen)]
         minimum[spec.name] = tuple(size if isinstance(size, int) else 1 for size in spec.shape)
         maximum[spec.name] = tuple(

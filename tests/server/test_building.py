@@ -5,6 +5,7 @@ that stands for a device.
 """
 
 import asyncio
+import importlib.util
 import json
 import logging
 import shlex
@@ -47,11 +48,12 @@ class Standing:
     """A session on the CPU that stands for an engine; it fails while ``is_broken``."""
 
     is_broken = False
+    model: Path | None = None  # what runs in place of the plan, which is a model itself when its builder is the script
     opened: list["Standing"]
 
     def __init__(self, plan: Path, device: Device) -> None:
         file = plan.with_suffix(".onnx")
-        shutil.copyfile(plan, file)
+        shutil.copyfile(Standing.model or plan, file)
         self._session = Session(file, CPU, SessionOptions())
         self.signature, self.device, self.providers = self._session.signature, device, self._session.providers
         self.is_closed = False
@@ -150,6 +152,24 @@ async def test_engine_is_swapped_in_under_load_and_fails_no_request(make, metric
     assert (pinned.variant, pinned.device) == ("fp32", "cpu")
     pinned = await model.infer(InferRequest(X.inputs, variant="fp32-engine"))
     assert (pinned.variant, pinned.device) == ("fp32-engine", "tensorrt:0")
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("tensorrt_rtx_bindings") is None, reason="TensorRT-RTX is not installed: extra 'rtx'"
+)
+async def test_real_builder_understands_the_server_and_keeps_its_plans(make, metrics, mlp, tmp_path, monkeypatch):
+    monkeypatch.setattr(Standing, "model", mlp)  # no runtime opens a real plan without a GPU
+    plan = tmp_path / "engines" / "mlp" / "1" / "fp32-0.plan"
+    contents = []
+    for starts in (1, 2):
+        repository = make(None)
+        await repository.open()
+        await until(lambda: builds(metrics, "served") == starts)  # noqa: B023  (waited for here)
+        contents.append(plan.read_bytes())
+        await repository.stop()
+    assert len(contents[0]) > 10_000
+    assert contents[0] == contents[1]
+    assert len([*(tmp_path / "engines" / "plans").rglob("model.plan")]) == 1
 
 
 async def test_builder_is_told_what_to_build_and_takes_no_cores_from_requests(make, metrics, tmp_path):

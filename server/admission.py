@@ -63,8 +63,9 @@ class Admission:
 
     def part_rows(self, route: Route) -> int:
         """Return beyond how many rows a request is parted."""
-        first, limit = route.preferred[0], self._limits.max_rows if self._limits.batchable else 1
-        most = max(lane.max_rows for lane in (*route.preferred, *route.bulk))
+        lanes = (*route.preferred, *route.bulk)
+        first, limit = route.preferred[0], max(lane.limit_rows for lane in lanes)
+        most = max(lane.max_rows for lane in lanes)
         while most < limit and first.times.run_s(most) < _LEAST_PART_S:
             most = min(2 * most, limit)
         return most

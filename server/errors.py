@@ -24,6 +24,8 @@
     │   └── Draining                    503 draining
     ├── DeadlineExpired                 504 deadline_expired       expired while waiting in the queue
     ├── InferenceFailed                 500 inference_failed       the session raised; details are in the log only
+    │   ├── OutOfMemory                 500 out_of_memory          no memory left for the batch; smaller ones may fit
+    │   └── DeviceLost                  500 device_lost            the device fails whatever it is asked
     ├── LoadFailed                      500 load_failed            a version cannot be served; what served before stays
     └── StartupError                    500 startup                the process cannot serve as asked; CLI exit code 1
         ├── ArtifactError               500 invalid_artifact       manifest, digest or file is wrong
@@ -198,6 +200,18 @@ class InferenceFailed(SlipstreamError):
     """The session raised while running a batch."""
 
     code = "inference_failed"
+
+
+class OutOfMemory(InferenceFailed):
+    """A device has no memory left for a batch; a smaller one may fit."""
+
+    code = "out_of_memory"
+
+
+class DeviceLost(InferenceFailed):
+    """A device fails whatever it is asked, until it or the process is started again."""
+
+    code = "device_lost"
 
 
 class LoadFailed(SlipstreamError):

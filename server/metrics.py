@@ -78,6 +78,9 @@ class Metrics:
         self.retries = Counter(
             "slipstream_retries", "Requests run once more after their batch failed.", _MODEL, registry=registry
         )
+        self.out_of_memory = Counter(
+            "slipstream_out_of_memory", "Batches for which there was no memory.", _LANE, registry=registry
+        )
         self.brownout = Gauge(
             "slipstream_brownout", "1 while overload is served by the fastest variant.", _MODEL, registry=registry
         )
@@ -150,6 +153,10 @@ class ModelMetrics:
     def retried(self, count: int) -> None:
         """Count requests that run once more."""
         self._retries.inc(count)
+
+    def out_of_memory(self, variant: str, device: str) -> None:
+        """Count a batch for which there was no memory."""
+        self._metrics.out_of_memory.labels(*self._labels, variant, device).inc()
 
     def brownout(self, begins: bool) -> None:
         """Set whether a brown-out is on."""

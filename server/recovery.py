@@ -4,7 +4,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 
-from server.errors import LaneDown
+from server.errors import DeviceLost, LaneDown, OutOfMemory
 from server.metrics import ModelMetrics
 from server.timer import Timer
 from server.worker import Run, Worker
@@ -46,18 +46,42 @@ class Recovery:
 
     def failed(self, run: Run) -> bool:
         """Note a batch that failed; return whether the lane is at fault and is down, rather than an input."""
-        worker = run.worker
+        worker, is_lost = run.worker, isinstance(run.error, DeviceLost)
         logger.error("lane %s failed on a batch of %d rows", _name(worker), run.batch.rows, exc_info=run.error)
         now = self._clock()
-        worker.breaker.failed(now, run.probe_passed)
+        worker.breaker.failed(now, False if is_lost else run.probe_passed)
         if worker.breaker.open:
             self._take_down(worker, now)
-            # Lanes that share its session would fail as well, and what is tried once more must not go to one of them.
+            # These would fail as well, and what is tried once more must not go to one of them.
             for other in self._workers:
-                if other.spec.runner is worker.spec.runner and not other.breaker.open:
+                shares = other.spec.runner is worker.spec.runner or (
+                    is_lost and other.spec.device == worker.spec.device
+                )
+                if shares and not other.breaker.open:
                     other.breaker.failed(now, False)
                     self._take_down(other, now)
         return worker.breaker.open
+
+    def shrunk(self, run: Run) -> bool:
+        """Whether a batch failed for want of memory only and its lanes take smaller ones from now on.
+
+        A batch of one row cannot be smaller: that is a failure of the lane.
+        """
+        worker, rows = run.worker, run.batch.rows
+        if not isinstance(run.error, OutOfMemory) or rows == 1:
+            return False
+        for other in self._workers:
+            if other.spec.runner is worker.spec.runner:
+                other.state.shrink(rows)
+        self._metrics.out_of_memory(worker.spec.variant, worker.spec.device)
+        logger.warning(
+            "lane %s has no memory for a batch of %d rows: it takes %d from now on, and tries more later (%s)",
+            _name(worker),
+            rows,
+            worker.state.limit_rows,
+            run.error,
+        )
+        return True
 
     def _take_down(self, worker: Worker, now: float) -> None:
         pause_s = worker.breaker.retry_at_s - now

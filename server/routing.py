@@ -32,6 +32,7 @@ from server.waiting import Pending, RequestQueue
 _RETRY_UNKNOWN_S = 1.0
 _LOOK_EACH = 32
 _LEAST_TRIAL_GAP, _MOST_TRIAL_GAP = 32, 1024
+_LEAST_GROWTH_GAP, _MOST_GROWTH_GAP = 256, 16_384
 
 
 class Runner(Protocol):
@@ -85,6 +86,7 @@ class LaneState(msgspec.Struct, eq=False):
         max_rows: Rows from which on its throughput grows no more: what it takes in a batch (a larger single request
             excepted).
         limit_rows: Rows that it may take.
+        full_rows: Rows that it might take if its device never ran out of memory.
         from_rows: Least rows of the batches that it takes when nobody pinned it; 0 for any.
         agreement: With the original, 0 to 1.
         up: Whether it may get work.
@@ -95,6 +97,8 @@ class LaneState(msgspec.Struct, eq=False):
         trial_at: Number of batches after which the next one tries twice the rows.
         trial_gap: Batches from the last trial to the next.
         learned: What ``times`` had learned when ``max_rows`` was chosen.
+        grow_at: Number of batches after which a lane that ran out of memory may take twice the rows.
+        grow_gap: Batches from that to the next time.
     """
 
     variant: str
@@ -113,6 +117,9 @@ class LaneState(msgspec.Struct, eq=False):
     trial_at: int = _LEAST_TRIAL_GAP
     trial_gap: int = _LEAST_TRIAL_GAP
     learned: int = 0
+    full_rows: int = 0
+    grow_at: int = 0
+    grow_gap: int = _LEAST_GROWTH_GAP
 
     @property
     def next_rows(self) -> int:
@@ -129,9 +136,20 @@ class LaneState(msgspec.Struct, eq=False):
             self.trial_gap = min(2 * self.trial_gap, _MOST_TRIAL_GAP)
             self.trial_at = self.batches + self.trial_gap
         self.batches += 1
+        if self.limit_rows < self.full_rows and self.batches >= self.grow_at:
+            self.limit_rows = min(2 * self.limit_rows, self.full_rows)
+            self.grow_at = self.batches + self.grow_gap
         if self.batches % _LOOK_EACH == 0 or self.learned != self.times.learned:
             self._look()
         self.busy_until_s = now + self.times.run_s(rows)
+
+    def shrink(self, rows: int) -> None:
+        """Take at most half of so many rows, for which there was no memory; later, and later each time, try more."""
+        self.full_rows = max(self.full_rows, self.limit_rows)
+        self.limit_rows = max(1, min(rows // 2, self.limit_rows))
+        self.max_rows = min(self.max_rows, self.limit_rows)
+        self.grow_at = self.batches + self.grow_gap
+        self.grow_gap = min(2 * self.grow_gap, _MOST_GROWTH_GAP)
 
     def _look(self) -> None:
         self.learned = self.times.learned

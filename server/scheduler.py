@@ -162,17 +162,18 @@ class Scheduler:
             deadline_s is not None and routing.latest_s(route.preferred[0], rows, now) > deadline_s
         ):
             self._admit(pending, now)
-        most = self._part_rows[request.variant]
-        if pending.rows <= most:
-            queue.append(pending)
-        else:
-            for part in self._admission.parted(pending, most):
-                queue.append(part)
-        self._rows += pending.rows
+        self._enqueue(pending, self._part_rows[request.variant])
         self._dispatch_soon()
         if deadline_s is not None:
             self._expiry.set(deadline_s, now)
         return pending.future
+
+    def _enqueue(self, pending: Pending[Future], most: int) -> None:
+        """Let a request wait, in parts of at most so many rows."""
+        queue = self._queues[pending.request.variant]
+        for part in (pending,) if pending.rows <= most else self._admission.parted(pending, most):
+            queue.append(part)
+        self._rows += pending.rows
 
     def _admit(self, pending: Pending[Future], now: float) -> None:
         def refusal() -> SlipstreamError | None:
@@ -287,7 +288,8 @@ class Scheduler:
         if run.error is not None:
             return
         spec, rows, requests = run.worker.spec, run.batch.rows, run.batch.requests
-        run.worker.breaker.passed()
+        if run.worker.state.up:  # else it was taken down meanwhile, and a probe brings it up again
+            run.worker.breaker.passed()
         ratio = run.worker.state.times.observe(rows, run.compute_s)
         for pending, outputs in zip(requests, run.outputs, strict=True):
             if not pending.future.done():
@@ -302,16 +304,20 @@ class Scheduler:
     # Failure.
 
     def _failed(self, run: Run) -> None:
-        """Run once more what may work elsewhere, or alone; fail the rest."""
-        lane_is_down = self._recovery.failed(run)
+        """Run once more what may work elsewhere, alone, or in a smaller batch; fail the rest."""
         waiting = [pending for pending in run.batch.requests if not pending.future.done()]
+        if not self._draining and self._limits.batchable and self._recovery.shrunk(run):
+            self._set_limits()
+            for pending in waiting:
+                self._enqueue(pending, run.worker.state.limit_rows)
+            return
+        lane_is_down = self._recovery.failed(run)
         # Nobody else is in a batch of one: on a lane that is well it would fail again.
         may_work = not self._draining and (lane_is_down or len(run.batch.requests) > 1)
         again = [p for p in waiting if may_work and not p.retried and p.request.variant in self._routes]
         for pending in again:
             pending.retried, pending.alone = True, not lane_is_down
-            self._queues[pending.request.variant].append(pending)
-            self._rows += pending.rows
+            self._enqueue(pending, pending.rows)
         self._metrics.retried(len(again))
         spec = run.worker.spec
         reason = f"variant '{spec.variant}' failed on {spec.device}; the server's log has the details"

@@ -16,6 +16,7 @@ import numpy as np
 from server.artifact import LatencyTable, SessionOptions
 from server.bound import bind
 from server.errors import InferenceFailed, SignatureMismatch, UnsupportedModel
+from server.faults import fault_of
 from server.providers import Device, open_ort_session, ort_errors, placement_of
 from server.tensors import NUMPY_DTYPE, Array, Signature, Tensors, spec_of_ort
 
@@ -90,7 +91,8 @@ class Session:
             Name -> array in the order asked for. The arrays own their memory.
 
         Raises:
-            InferenceFailed: If onnxruntime raises, if text is not UTF-8, or if the session is closed.
+            InferenceFailed: If onnxruntime raises, if text is not UTF-8, or if the session is closed; ``OutOfMemory``
+                or ``DeviceLost`` where the cause is known.
         """
         session = self._session
         if session is None:
@@ -99,7 +101,7 @@ class Session:
         try:
             arrays = session.run(names, self._with_text(inputs) if self._text_inputs else inputs)
         except self._errors as exc:
-            raise InferenceFailed(f"{self._path} on {self.device.name}: {exc}") from exc
+            raise fault_of(exc)(f"{self._path} on {self.device.name}: {exc}") from exc
         return {
             name: _encoded(array) if array.dtype.kind == "O" else array
             for name, array in zip(names, arrays, strict=True)

@@ -29,6 +29,7 @@ Labels = dict[str, dict[str, set[str]]]
 _WITH_A_GPU: Labels = {
     **{name: {"device": {"cuda:0"}} for name in gpus.KINDS},
     "slipstream_engine_builds_total": {"model": {"mlp"}, "result": {"served"}},
+    "slipstream_out_of_memory_total": {"model": {"mlp"}, "device": {"cuda:0"}},
 }
 
 

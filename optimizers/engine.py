@@ -18,7 +18,9 @@ import msgspec
 
 from optimizers.errors import EngineBuildError
 from optimizers.gpu import read_gpu
+from optimizers.graph import load_graph
 from optimizers.timings import load_timings, save_timings, timing_file, write_whole
+from optimizers.unsigned import unsigned_nodes
 from server.artifact import Profile
 
 Flavour = Literal["tensorrt", "tensorrt-rtx"]
@@ -259,12 +261,15 @@ def _logger(flavour: Flavour, trt: Any) -> Any:
 
 def _parse(trt: Any, network: Any, model: Path, flavour: Flavour) -> None:
     parser = trt.OnnxParser(network, _logger(flavour, trt))
-    if (
-        parser.parse_from_file(str(model)) and network.num_outputs
-    ):  # it takes some files that are no models for empty ones
-        return
-    reasons = [_reason(parser.get_error(index)) for index in range(parser.num_errors)]
-    raise EngineBuildError(f"{flavour} cannot read {model}: {'; '.join(dict.fromkeys(reasons)) or 'not an ONNX model'}")
+    # The parser takes some files that are no models for empty ones.
+    if not (parser.parse_from_file(str(model)) and network.num_outputs):
+        reasons = dict.fromkeys(_reason(parser.get_error(index)) for index in range(parser.num_errors))
+        raise EngineBuildError(f"{flavour} cannot read {model}: {'; '.join(reasons) or 'not an ONNX model'}")
+    if unsigned := unsigned_nodes(load_graph(model)):
+        raise EngineBuildError(
+            f"{flavour} would take UINT8 for INT8 in {len(unsigned)} nodes of {model} ({', '.join(unsigned[:3])}), "
+            "which changes the results; quantize activations and weights to INT8, symmetrically"
+        )
 
 
 def _reason(error: Any) -> str:

@@ -49,19 +49,27 @@ def load_model(path: Path) -> onnx.ModelProto:
     return model
 
 
+def load_graph(path: Path) -> onnx.ModelProto:
+    """Read an ONNX file without its external weights.
+
+    Raises:
+        ModelError: If the file is missing or is not an ONNX model.
+    """
+    try:
+        return onnx.load(path, load_external_data=False)
+    except OSError as exc:
+        raise ModelError(f"cannot read {path}: {exc.strerror or exc}") from exc
+    except (DecodeError, ValueError) as exc:
+        raise ModelError(f"{path} is not an ONNX model: {exc}") from exc
+
+
 def files_of(path: Path) -> list[Path]:
     """Return a model file and the files of its external weights, without reading the weights.
 
     Raises:
         ModelError: If the file is missing or is not an ONNX model.
     """
-    try:
-        model = onnx.load(path, load_external_data=False)
-    except OSError as exc:
-        raise ModelError(f"cannot read {path}: {exc.strerror or exc}") from exc
-    except (DecodeError, ValueError) as exc:
-        raise ModelError(f"{path} is not an ONNX model: {exc}") from exc
-    outside = [tensor for tensor in tensors_of(model) if tensor.data_location == onnx.TensorProto.EXTERNAL]
+    outside = [tensor for tensor in tensors_of(load_graph(path)) if tensor.data_location == onnx.TensorProto.EXTERNAL]
     names = {entry.value for tensor in outside for entry in tensor.external_data if entry.key == "location"}
     return [path, *(path.parent / name for name in sorted(names))]
 

@@ -4,8 +4,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import onnx
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 
 from optimizers.engine import EngineOptions, build_engine
 from optimizers.errors import EngineBuildError
@@ -16,6 +18,7 @@ from optimizers.passes.int8_static import Int8Static
 from optimizers.passes.sanitize import Sanitize
 from server.artifact import Profile
 from tests.models import save_cnn, save_mlp, save_strings, save_two_inputs
+from tests.optimizers.encoders import attention
 from tests.optimizers.graphs import context_of, normal
 
 RTX = EngineOptions(flavour="tensorrt-rtx")
@@ -67,14 +70,6 @@ def test_capabilities_decide_the_plan_and_unknown_ones_are_refused(tmp_path: Pat
     assert not (tmp_path / "b.plan").exists()
 
 
-@rtx
-def test_fp16_models_build(tmp_path: Path) -> None:
-    context = context_of(tmp_path, [{"x": normal(8, 64)}])
-    model = Sanitize().run(onnx.load(save_mlp(tmp_path / "model.onnx")), context).model
-    save_model(Fp16().run(model, context).model, tmp_path / "half.onnx")
-    assert build_engine(tmp_path / "half.onnx", MLP, tmp_path / "half.plan", RTX).plan_bytes > 1000
-
-
 def quantized(tmp_path: Path, step: Int8Static, save: Callable[[Path], Path] = save_cnn) -> Path:
     data = {"image": normal(16, 3, 16, 16)} if save is save_cnn else {"x": normal(16, 64)}
     context = context_of(tmp_path, [data])
@@ -83,12 +78,6 @@ def quantized(tmp_path: Path, step: Int8Static, save: Callable[[Path], Path] = s
         model = exact.run(model, context).model
     save_model(step.run(model, context).model, tmp_path / "int8.onnx")
     return tmp_path / "int8.onnx"
-
-
-@rtx
-def test_symmetric_int8_builds(tmp_path: Path) -> None:
-    model = quantized(tmp_path, Int8Static(target="tensorrt"))
-    assert build_engine(model, CNN, tmp_path / "int8.plan", RTX).plan_bytes > 1000
 
 
 @rtx
@@ -106,6 +95,94 @@ def test_int8_for_cpus_is_refused_with_the_reason_of_the_parser(
     with pytest.raises(EngineBuildError, match=rf"cannot read .*int8\.onnx: .*{reason}") as refusal:
         build_engine(model, shapes, tmp_path / "int8.plan", RTX)
     assert "cudaError" not in str(refusal.value)
+
+
+def save_attention(path: Path) -> Path:
+    """x FP32 [batch,length,32] -> y FP32 [batch,length,32]: attention of four heads, without a mask."""
+    save_model(attention(), path)
+    return path
+
+
+ATTENTION = Profile(*({"x": shape} for shape in ((1, 1, 32), (8, 12, 32), (32, 24, 32))))
+FORMS = {
+    "mlp": (save_mlp, MLP, ("x", 64)),
+    "cnn": (save_cnn, CNN, ("image", 3, 16, 16)),
+    "transformer": (save_attention, ATTENTION, ("x", 12, 32)),
+}
+
+
+def in_precision(folder: Path, name: str, precision: str) -> Path:
+    save, _, (feed, *shape) = FORMS[name]
+    plain, made = save(folder / "plain.onnx"), folder / f"{precision}.onnx"
+    if precision == "fp32":
+        return plain
+    context = context_of(folder, [{feed: normal(16, *shape)}])
+    model = onnx.load(plain)
+    for exact in (Sanitize(), Fuse(("conv",))):
+        model = exact.run(model, context).model
+    step = Fp16() if precision == "fp16" else Int8Static(target="tensorrt")
+    save_model(step.run(model, context).model, made)
+    return made
+
+
+@rtx
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+@pytest.mark.parametrize("name", FORMS)
+def test_every_form_builds_for_each_capability_and_always_the_same(tmp_path: Path, name: str, precision: str) -> None:
+    model, shapes = in_precision(tmp_path, name, precision), FORMS[name][1]
+    plans = []
+    for capability in ("8.6", "12.0"):
+        options = EngineOptions(flavour="tensorrt-rtx", capabilities=(capability,))
+        for again in range(2):
+            plans.append(tmp_path / f"{capability}-{again}.plan")
+            assert build_engine(model, shapes, plans[-1], options).capabilities == (capability,)
+    ampere, same, blackwell, equal = (plan.read_bytes() for plan in plans)
+    assert ampere == same
+    assert blackwell == equal
+    assert ampere != blackwell
+
+
+def save_quantized(path: Path, kind: int) -> Path:
+    """x FP32 [batch,64] -> y FP32 [batch,16], inputs and weights through pairs of this type with zero point 0."""
+    constants = [
+        helper.make_tensor("zero", kind, [], [0]),
+        numpy_helper.from_array(np.array(0.1, np.float32), "scale"),
+        numpy_helper.from_array(normal(64, 16), "w"),
+    ]
+    nodes = []
+    for name in ("x", "w"):
+        nodes.append(
+            helper.make_node("QuantizeLinear", [name, "scale", "zero"], [f"{name}_q"], name=f"{name}_quantize")
+        )
+        nodes.append(helper.make_node("DequantizeLinear", [f"{name}_q", "scale", "zero"], [f"{name}_d"]))
+    nodes.append(helper.make_node("MatMul", ["x_d", "w_d"], ["y"]))
+    ends = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["b", size]) for name, size in (("x", 64), ("y", 16))
+    ]
+    graph = helper.make_graph(nodes, "quantized", ends[:1], ends[1:], constants)
+    save_model(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=9), path)
+    return path
+
+
+@rtx
+def test_uint8_that_the_parser_would_take_for_int8_is_refused(tmp_path: Path) -> None:
+    model = save_quantized(tmp_path / "model.onnx", TensorProto.UINT8)
+    with pytest.raises(EngineBuildError, match=r"would take UINT8 for INT8 in 4 nodes of .* \(x_quantize, x_d, w_quan"):
+        build_engine(model, MLP, tmp_path / "model.plan", RTX)
+    signed = save_quantized(tmp_path / "signed.onnx", TensorProto.INT8)
+    assert build_engine(signed, MLP, tmp_path / "model.plan", RTX).plan_bytes > 1000
+
+
+@rtx
+def test_fp8_builds_where_the_hardware_has_it_and_is_refused_elsewhere(tmp_path: Path) -> None:
+    model = save_quantized(tmp_path / "model.onnx", TensorProto.FLOAT8E4M3FN)
+    ada = msgspec.structs.replace(RTX, capabilities=("8.9", "12.0"))
+    assert build_engine(model, MLP, tmp_path / "model.plan", ada).plan_bytes > 1000
+    with pytest.raises(EngineBuildError, match=r"Cannot compile for target\(s\) sm80, sm86, because .* fp8_e4m3"):
+        build_engine(model, MLP, tmp_path / "ampere.plan", RTX)
+    other = save_quantized(tmp_path / "e5m2.onnx", TensorProto.FLOAT8E5M2)
+    with pytest.raises(EngineBuildError, match=r"cannot read .*e5m2\.onnx"):
+        build_engine(other, MLP, tmp_path / "e5m2.plan", ada)
 
 
 @rtx

@@ -75,11 +75,17 @@ class PlanCache:
     Args:
         folder: Made when missing.
         most_bytes: Size beyond which the plans that were not used for longest are removed.
+
+    Raises:
+        EngineBuildError: If the folder cannot be made.
     """
 
     def __init__(self, folder: Path, most_bytes: int = MOST_BYTES) -> None:
         self.folder = folder
-        self._store = Store(folder / "plans", most_bytes)
+        try:
+            self._store = Store(folder / "plans", most_bytes)
+        except OSError as exc:
+            raise EngineBuildError(f"cannot keep plans in {folder}: {exc.strerror or exc}; choose another") from exc
         self._store.sweep()
 
     def get_or_build(
@@ -102,7 +108,8 @@ class PlanCache:
         options = options or EngineOptions()
         wanted = (profiles,) if isinstance(profiles, Profile) else tuple(profiles)
         flavour, trt = import_builder(options.flavour)
-        key = plan_key(model, wanted, options, (flavour, trt.__version__), read_gpu())
+        gpu = read_gpu() if flavour == "tensorrt" else None
+        key = plan_key(model, wanted, options, (flavour, trt.__version__), gpu)
         if (found := self._find(key)) is not None:
             build, content = found
             write_plan(plan, content)

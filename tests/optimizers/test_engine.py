@@ -12,11 +12,13 @@ from onnx import TensorProto, helper, numpy_helper
 from optimizers.engine import EngineOptions, build_engine
 from optimizers.errors import EngineBuildError
 from optimizers.graph import save_model
+from optimizers.passes.bf16 import Bf16
 from optimizers.passes.fp16 import Fp16
 from optimizers.passes.fusion import Fuse
 from optimizers.passes.int8_static import Int8Static
 from optimizers.passes.sanitize import Sanitize
 from server.artifact import Profile
+from server.host import HostFacts
 from tests.models import save_cnn, save_mlp, save_strings, save_two_inputs
 from tests.optimizers.encoders import attention
 from tests.optimizers.graphs import context_of, normal
@@ -104,6 +106,7 @@ def save_attention(path: Path) -> Path:
 
 
 ATTENTION = Profile(*({"x": shape} for shape in ((1, 1, 32), (8, 12, 32), (32, 24, 32))))
+WITH_GPU = HostFacts("a CPU", ("avx2",), 2, ("NVIDIA L4",))  # without one, BF16 is made of a few operators only
 FORMS = {
     "mlp": (save_mlp, MLP, ("x", 64)),
     "cnn": (save_cnn, CNN, ("image", 3, 16, 16)),
@@ -116,17 +119,17 @@ def in_precision(folder: Path, name: str, precision: str) -> Path:
     plain, made = save(folder / "plain.onnx"), folder / f"{precision}.onnx"
     if precision == "fp32":
         return plain
-    context = context_of(folder, [{feed: normal(16, *shape)}])
+    context = context_of(folder, [{feed: normal(16, *shape)}], WITH_GPU)
     model = onnx.load(plain)
     for exact in (Sanitize(), Fuse(("conv",))):
         model = exact.run(model, context).model
-    step = Fp16() if precision == "fp16" else Int8Static(target="tensorrt")
+    step = {"fp16": Fp16(), "bf16": Bf16(), "int8": Int8Static(target="tensorrt")}[precision]
     save_model(step.run(model, context).model, made)
     return made
 
 
 @rtx
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8"])
 @pytest.mark.parametrize("name", FORMS)
 def test_every_form_builds_for_each_capability_and_always_the_same(tmp_path: Path, name: str, precision: str) -> None:
     model, shapes = in_precision(tmp_path, name, precision), FORMS[name][1]

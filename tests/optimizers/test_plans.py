@@ -233,3 +233,9 @@ def test_place_that_cannot_be_written_is_named(mlp: Path, tmp_path: Path, cache:
         with pytest.raises(EngineBuildError, match=r"cannot write .*file/a\.plan"):
             cache.get_or_build(mlp, profile(), tmp_path / "file" / "a.plan", RTX)
         cache.get_or_build(mlp, profile(), tmp_path / "b.plan", RTX)
+
+
+def test_folder_that_cannot_be_made_is_named(tmp_path: Path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(EngineBuildError, match=r"cannot keep plans in .*file: .*; choose another"):
+        PlanCache(tmp_path / "file")

@@ -8,7 +8,7 @@ import contextlib
 import hashlib
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -85,7 +85,7 @@ class PlanCache:
         try:
             self._store = Store(folder / "plans", most_bytes)
         except OSError as exc:
-            raise EngineBuildError(f"cannot keep plans in {folder}: {exc.strerror or exc}; choose another") from exc
+            raise self._refusal(exc) from exc
         self._store.sweep()
 
     def get_or_build(
@@ -102,7 +102,8 @@ class PlanCache:
         ``engine.build_engine``; timing caches are kept in the cache's folder unless the options name another.
 
         Raises:
-            EngineBuildError: As ``build_engine`` does; also if a file of weights is missing.
+            EngineBuildError: As ``build_engine`` does; also if a file of weights is missing, or if the cache's folder
+                cannot be written.
             ModelError: If the model cannot be read.
         """
         options = options or EngineOptions()
@@ -116,9 +117,16 @@ class PlanCache:
             return build
         if options.timings is None:
             options = msgspec.structs.replace(options, timings=self.folder / _TIMINGS)
+        try:
+            return self._build(key, plan, lambda draft: build_engine(model, wanted, draft, options, observe))
+        except OSError as exc:
+            raise self._refusal(exc) from exc
+
+    def _build(self, key: str, plan: Path, build: Callable[[Path], EngineBuild]) -> EngineBuild:
+        """Build into a draft, write the plan, and make the draft an entry."""
         draft = self._store.draft()
         try:
-            built = build_engine(model, wanted, draft / _PLAN, options, observe)
+            built = build(draft / _PLAN)
             content = (draft / _PLAN).read_bytes()
             write_plan(plan, content)
             (draft / _FACTS).write_bytes(msgspec.json.encode(_Entry(built, _digest(content))))
@@ -129,9 +137,14 @@ class PlanCache:
             self._store.trim()
         return built
 
+    def _refusal(self, exc: OSError) -> EngineBuildError:
+        return EngineBuildError(f"cannot keep plans in {self.folder}: {exc.strerror or exc}; choose another folder")
+
     def _find(self, key: str) -> tuple[EngineBuild, bytes] | None:
         """Return the facts and the plan of an entry; nothing without an entry that is whole."""
-        place = self._store.find(key)
+        place = None
+        with contextlib.suppress(FileNotFoundError):  # another process removes it right now
+            place = self._store.find(key)
         if place is None:
             return None
         try:

@@ -239,3 +239,10 @@ def test_folder_that_cannot_be_made_is_named(tmp_path: Path):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(EngineBuildError, match=r"cannot keep plans in .*file: .*; choose another"):
         PlanCache(tmp_path / "file")
+
+
+@rtx
+def test_cache_that_cannot_be_written_is_named(mlp: Path, tmp_path: Path, cache: PlanCache):
+    shutil.rmtree(cache.folder)
+    with pytest.raises(EngineBuildError, match=r"cannot keep plans in .*cache: No such file"):
+        cache.get_or_build(mlp, profile(), tmp_path / "a.plan", RTX)

@@ -30,6 +30,7 @@ from server.http import (
 from server.infer import InferBranch, infer_target
 from server.metrics import CONTENT_TYPE, Metrics
 from server.openapi import infer_paths
+from server.pages import Console, wants_page
 from server.repository import Repository
 from server.settings import Settings
 
@@ -72,6 +73,7 @@ class Application(FastAPI):
         if self.cache is not None:
             repository.on_left = self.cache.forget
         self.infer = InferBranch(repository, metrics, settings, self.cache)
+        self._console = Console(repository, settings.repository) if settings.console else None
         self._add_routes()
         for kind in (SlipstreamError, HTTPException, RequestValidationError, Exception):
             self.add_exception_handler(kind, _on_error)
@@ -141,9 +143,13 @@ class Application(FastAPI):
         ):
             self.add_api_route(path, endpoint, summary=summary, response_class=Response)
         add_control_routes(self, self.repository, self.settings.model_control)
+        if self._console is not None:
+            self._console.add_routes(self)
         self.add_api_route("/v2/", self._server_metadata, response_class=Response, include_in_schema=False)
 
-    async def _index(self) -> Response:
+    async def _index(self, request: Request) -> Response:
+        if self._console is not None and wants_page(request):
+            return self._console.page(request)
         return _json({"name": self.settings.server_name, "docs": "/docs", "metadata": "/v2", "metrics": "/metrics"})
 
     async def _server_metadata(self) -> Response:

@@ -58,6 +58,7 @@ _HELP = {
     "serves; 0 compares none.",
     "shadow_s": "Seconds that this comparison lasts.",
     "shadow_max_disagreement": "Mean disagreement, 0 to 1, beyond which the new version is refused; 1 refuses none.",
+    "console": "Show browsers a page at / with the models, live figures, evidence and a playground.",
     "log_format": "Log lines for people (plain) or for machines (json), on stderr.",
     "log_level": "Least level that is logged.",
     "server_name": "Name in GET /v2; some clients insist on triton.",
@@ -76,8 +77,10 @@ def _setting_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for field in reversed(msgspec.structs.fields(Settings)):
         if field.name in _HELP:
             choices = _CHOICES.get(field.name)
+            option = field.name.replace("_", "-")
             command = click.option(
-                f"--{field.name.replace('_', '-')}",
+                # What is on by default is switched off by --no-NAME.
+                f"--{option}/--no-{option}" if field.default is True else f"--{option}",
                 type=click.Choice(choices, case_sensitive=False) if choices else field.type,
                 default=None,
                 help=f"{_HELP[field.name]}  [default: {field.default}; {PREFIX}{field.name.upper()}]",

@@ -47,6 +47,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         shadow_share: Share of the live requests that a new version is tried on before it serves, 0 to 1.
         shadow_s: Seconds that this lasts.
         shadow_max_disagreement: Mean disagreement beyond which the new version is refused, 0 to 1; 1 refuses none.
+        console: Whether browsers get a page at ``/``.
         log_format: ``plain`` or ``json``.
         log_level: Name of a logging level.
         server_name: Reported by ``GET /v2``; set it to ``triton`` for clients that insist.
@@ -79,6 +80,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     shadow_share: float = 0.0
     shadow_s: float = 60.0
     shadow_max_disagreement: float = 1.0
+    console: bool = True
     log_format: str = "plain"
     log_level: str = "INFO"
     server_name: str = "slipstream"

@@ -49,9 +49,9 @@ async function readDetails() {
   const key = chosen ? `${chosen.name}/${chosen.version}/${chosen.state}` : "";
   if (key === details.key) return;
   const isReady = chosen?.state === "READY";
-  const [metadata, manifest] = chosen
-    ? await Promise.all([isReady ? api.metadata(chosen.name, chosen.version) : null, api.manifest(chosen.name, chosen.version)])
-    : [null, null];
+  const metadata = isReady ? await api.metadata(chosen.name, chosen.version) : null;
+  const isPlain = metadata?.variants[0] === "unoptimized";
+  const manifest = chosen && !isPlain ? await api.manifest(chosen.name, chosen.version) : null;
   details = { key, metadata, manifest };
 }
 

@@ -21,7 +21,7 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 from deploy.chromium import chromium
 
 ROOT = Path(__file__).resolve().parent.parent
-LOAD_S = 40
+LOAD_S = 60
 SIZE = {"width": 1280, "height": 800}
 
 
@@ -77,7 +77,7 @@ def take(browser: Browser, url: str, name: str, destination: Path) -> None:
     page.goto(f"{url}/#/{name}/1/playground")
     page.get_by_role("button", name="Send").click()
     expect(page.locator("#answer")).to_contain_text("status 200")
-    page.screenshot(path=destination / "console-playground.png")
+    page.screenshot(path=destination / "console-playground.png", full_page=True)
     phone = browser.new_page(viewport={"width": 390, "height": 800}, color_scheme="dark")
     phone.goto(f"{url}/#/{name}/1/live")
     phone.wait_for_timeout(7000)

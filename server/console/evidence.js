@@ -17,7 +17,7 @@ export function evidencePanels(versions, chosen, metadata, manifest) {
   if (manifest === null) {
     return [...panels, make("p", { class: "notice" }, "This is a plain model: no optimizer has proven a variant of it, so there is no evidence.")];
   }
-  return [...panels, variantPanel(manifest, metadata, chosen), ...manifest.variants.map((variant) => proofPanel(variant, manifest))];
+  return [...panels, variantPanel(manifest, metadata, chosen), ...manifest.variants.map((variant) => proofPanel(variant, manifest, metadata?.refused[variant.name]))];
 }
 
 function signaturePanel({ inputs, outputs }) {
@@ -38,17 +38,18 @@ function variantPanel(manifest, metadata, chosen) {
   return make("section", { class: "panel" },
     make("div", { class: "row apart" }, make("h3", {}, "Variants"), make("div", { class: "row small" }, "Full evidence: ", reports)),
     table("Variants", ["Variant", "State", "Precision", "For", { number: "Size" }, { number: "Agreement" }, { number: "at least" },
-      { number: "SQNR" }, { number: "p50, 1st batch size" }, "Why refused"],
+      { number: "SQNR" }, { number: "p50" }],
     manifest.variants.map((variant) => [variant.name, state(variant), variant.precision, variant.provider,
       { number: megabytes(variant.size_bytes) }, { number: percent(variant.fidelity?.agreement) },
       { number: percent(variant.fidelity?.agreement_low) }, { number: variant.fidelity ? `${figure(variant.fidelity.sqnr_db)} dB` : "–" },
-      { number: variant.latency ? `${figure(variant.latency.p50_ms[0])} ms` : "–" }, { wrap: metadata?.refused[variant.name] ?? "–" }])),
-    make("p", { class: "small quiet" }, `Batching: ${manifest.batching.batchable ? `up to ${manifest.batching.max_rows} rows` : "off"}; ${manifest.batching.reason}.`));
+      { number: variant.latency ? `${figure(variant.latency.p50_ms[0])} ms` : "–" }])),
+    make("p", { class: "small quiet" }, `The p50 is of the smallest batch that was measured. Batching: ${manifest.batching.batchable ? `up to ${manifest.batching.max_rows} rows` : "off"}; ${manifest.batching.reason}.`));
 }
 
-function proofPanel({ name, fidelity, latency, golden_min_sqnr_db: golden, options, host }, manifest) {
+function proofPanel({ name, fidelity, latency, golden_min_sqnr_db: golden, options, host }, manifest, refusal) {
   const facts = [];
   const fact = (term, text) => facts.push(make("dt", {}, term), make("dd", {}, text));
+  if (refusal) fact("Refused here", refusal);
   if (fidelity) {
     fact("Agreement", `${percent(fidelity.agreement, 2)} of ${fidelity.samples} held-out samples (${fidelity.decision}); at least ${percent(fidelity.agreement_low, 2)} with 95 % confidence`);
     fact("Cosine", `${fidelity.cosine.toFixed(5)} mean, ${fidelity.cosine_worst.toFixed(5)} worst`);
@@ -56,7 +57,7 @@ function proofPanel({ name, fidelity, latency, golden_min_sqnr_db: golden, optio
     if (fidelity.worst_slice) fact("Worst slice", `${fidelity.worst_slice.name}: ${percent(fidelity.worst_slice.agreement)} of ${fidelity.worst_slice.samples}`);
   }
   fact("Promise", `serves on a host only with ${figure(golden)} dB or more on the golden outputs`);
-  fact("Session", `${options.intra_op_threads || "all"} threads, graph level ${options.graph_level}`);
+  fact("Session", `${options.intra_op_threads || "all"} ${options.intra_op_threads === 1 ? "thread" : "threads"}, graph level ${options.graph_level}`);
   if (host) fact("Measured on", host === manifest.host.fingerprint ? `${manifest.host.cpu ?? host}, ${manifest.host.cores ?? "?"} cores` : host);
   const chart = latency && latency.rows.length > 1
     ? make("figure", {}, latencyChart(`Median time of ${name} by rows per batch`, latency.rows, latency.p50_ms),

@@ -63,7 +63,7 @@ export function livePanels(history, wanted, lanes) {
 function laneTable(history, wanted, lanes) {
   if (!lanes.length) return make("p", { class: "quiet" }, "No lane is open.");
   const now = history.newest;
-  return table("Lanes", ["Variant", "Device", "State", { number: "Lanes × threads" }, { number: "Batches/s" }, { number: "Rows/batch" },
+  return table("Lanes", ["Variant", "Device", "State", { number: "Lanes × threads" }, "Last two minutes", { number: "Batches/s" }, { number: "Rows/batch" },
     { number: "Run p50 ms" }, { number: "Run p99 ms" }, { number: "Run/predicted" }],
   lanes.map(({ variant, device, instances, threads }) => {
     const lane = { ...wanted, variant, device };
@@ -71,9 +71,9 @@ function laneTable(history, wanted, lanes) {
     const newest = (value) => last(history.series(SPAN, value));
     const run = (q) => newest((before, after) => quantile(before, after, "slipstream_compute_seconds", lane, q));
     const per = (name) => newest((before, after) => mean(before, after, name, lane));
-    const rate = newest((before, after, seconds) => rise(before, after, "slipstream_batch_rows_count", lane) / seconds);
+    const rates = history.series(SPAN, (before, after, seconds) => rise(before, after, "slipstream_batch_rows_count", lane) / seconds);
     return [variant, device, isUp ? badge("up", "good") : badge("fails", "bad"), { number: `${instances} × ${threads}` },
-      { number: figure(rate) }, { number: figure(per("slipstream_batch_rows")) },
+      spark(`Batches per second of ${variant} on ${device}`, [rates], READINGS - 1), { number: figure(last(rates)) }, { number: figure(per("slipstream_batch_rows")) },
       { number: milliseconds(run(0.5)) }, { number: milliseconds(run(0.99)) }, { number: figure(per("slipstream_prediction_ratio")) }];
   }));
 }

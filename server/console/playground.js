@@ -64,8 +64,9 @@ class Input {
     this.element = make("fieldset", { class: "panel" },
       make("div", { class: "row apart" },
         make("label", { for: id }, make("h3", {}, spec.name)), make("span", { class: "quiet small" }, spec.datatype)),
-      make("div", { class: "row small" }, "Shape", spec.shape.map((size, axis) => this.sizes[axis] ?? make("code", {}, String(size)))),
-      make("div", { class: "row" }, spec.datatype === "BYTES" ? make("span", { class: "small quiet" }, "One text per line") : kinds.map(button)),
+      make("div", { class: "row apart small" },
+        make("div", { class: "row" }, "Shape", spec.shape.map((size, axis) => this.sizes[axis] ?? make("code", {}, String(size)))),
+        make("div", { class: "row" }, spec.datatype === "BYTES" ? make("span", { class: "quiet" }, "One text per line") : kinds.map(button))),
       this.layout ? this.#imageRow() : null,
       this.values, this.fault);
     this.#fill();
@@ -144,7 +145,7 @@ async function answerTo(path, body) {
 
 function timing(response, browserMs) {
   const told = Object.fromEntries([...(response.headers.get("server-timing") ?? "").matchAll(/(\w+);dur=([\d.]+)/g)].map(([, name, ms]) => [name, Number(ms)]));
-  const parts = { queue: told.queue ?? 0, compute: told.compute ?? 0, "around it": Math.max(0, browserMs - (told.queue ?? 0) - (told.compute ?? 0)) };
+  const parts = { queue: told.queue ?? 0, compute: told.compute ?? 0, "the rest": Math.max(0, browserMs - (told.queue ?? 0) - (told.compute ?? 0)) };
   const stack = make("div", { class: "stack", "aria-hidden": "true" });
   Object.values(parts).forEach((ms, at) => {
     const piece = make("i", { class: ["second", "first", "third"][at] });

@@ -127,7 +127,7 @@ function render() {
   if (!isRead) find("panel").replaceChildren(make("p", { class: "empty" }, "Loading …"));
   else if (tab === "live") find("panel").replaceChildren(...live(chosen));
   else if (isNew && tab === "evidence") find("panel").replaceChildren(...evidencePanels(all, chosen, details.metadata, details.manifest));
-  else if (isNew) find("panel").replaceChildren(tryOut(chosen));
+  else if (isNew) find("panel").replaceChildren(details.playground ??= tryOut(chosen));  // what was typed stays
 }
 
 const notReady = ({ state, reason }) => make("p", { class: "notice bad" }, `This version is ${state.toLowerCase()}${reason ? `: ${reason}` : "."}`);

@@ -64,7 +64,7 @@ function laneTable(history, wanted, lanes) {
   if (!lanes.length) return make("p", { class: "quiet" }, "No lane is open.");
   const now = history.newest;
   return table("Lanes", ["Variant", "Device", "State", { number: "Lanes × threads" }, "Last two minutes", { number: "Batches/s" }, { number: "Rows/batch" },
-    { number: "Run p50 ms" }, { number: "Run p99 ms" }, { number: "Run/predicted" }],
+    { number: "Run p50 / p99" }, { number: "Run/predicted" }],
   lanes.map(({ variant, device, instances, threads }) => {
     const lane = { ...wanted, variant, device };
     const isUp = select(now, "slipstream_lane_up", lane).every(({ value }) => value === 1);
@@ -74,7 +74,7 @@ function laneTable(history, wanted, lanes) {
     const rates = history.series(SPAN, (before, after, seconds) => rise(before, after, "slipstream_batch_rows_count", lane) / seconds);
     return [variant, device, isUp ? badge("up", "good") : badge("fails", "bad"), { number: `${instances} × ${threads}` },
       spark(`Batches per second of ${variant} on ${device}`, [rates], READINGS - 1), { number: figure(last(rates)) }, { number: figure(per("slipstream_batch_rows")) },
-      { number: milliseconds(run(0.5)) }, { number: milliseconds(run(0.99)) }, { number: figure(per("slipstream_prediction_ratio")) }];
+      { number: `${milliseconds(run(0.5))} / ${milliseconds(run(0.99))} ms` }, { number: figure(per("slipstream_prediction_ratio")) }];
   }));
 }
 

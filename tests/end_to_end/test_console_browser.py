@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
@@ -196,3 +197,45 @@ def test_an_action_asks_first_and_a_server_that_is_gone_is_told(page: Page, repo
         expect(page.locator(".head .badge")).to_have_text("ready")
     expect(page.get_by_role("alert").first).to_contain_text("The server does not answer")
     expect(page.locator("#health")).to_have_text("no answer")
+
+
+def test_what_was_typed_stays_when_tabs_and_versions_change(page: Page, server: Server) -> None:
+    page.goto(f"{server.url}/#/strings/1/playground")
+    page.locator("textarea").first.fill("kept")
+    page.get_by_role("tab", name="Live").click()
+    page.get_by_role("tab", name="Playground").click()
+    expect(page.locator("textarea").first).to_have_value("kept")
+
+
+def test_an_empty_repository_and_a_refused_question_are_told(page: Page, server: Server) -> None:
+    page.route("**/v2/repository/index", lambda route: route.fulfill(json=[]))
+    page.goto(server.url)
+    expect(page.locator("#view")).to_contain_text("There is no model in the repository")
+    page.route("**/metrics", lambda route: route.fulfill(status=500, json={"error": "it broke", "code": "internal"}))
+    expect(page.locator("#problem")).to_have_text("it broke")
+
+
+def test_a_report_opens_without_scripts_or_requests(page: Page, server: Server, repository: Path) -> None:
+    report = repository / "mlp" / "2" / "report.html"
+    report.write_text("<h1>Proven</h1><style>h1{color:red}</style><script>document.body.textContent='ran'</script>")
+    page.goto(f"{server.url}/#/mlp/2/evidence")
+    with page.expect_popup() as popup:
+        page.get_by_role("link", name="report.html").click()
+    expect(popup.value.locator("h1")).to_have_css("color", "rgb(255, 0, 0)")
+    expect(popup.value.locator("body")).not_to_contain_text("ran")
+    report.unlink()
+
+
+def test_model_names_and_errors_are_text_and_never_markup(page: Page, server: Server) -> None:
+    entry = {"name": "<img src=x>", "version": "1", "state": "UNAVAILABLE", "reason": "<b>bad</b>"}
+    page.route("**/v2/repository/index", lambda route: route.fulfill(json=[entry]))
+    page.goto(server.url)
+    expect(page.locator("h2", has_text="<img src=x>")).to_be_visible()
+    expect(page.get_by_role("tabpanel")).to_contain_text("<b>bad</b>")
+    assert page.locator("main img").count() == 0
+
+
+def test_the_command_line_switches_it_off(repository: Path) -> None:
+    with Server(repository, "--no-console") as server:
+        assert httpx.get(server.url, headers={"accept": "text/html"}).json()["metadata"] == "/v2"
+        assert httpx.get(f"{server.url}/console/app.js").status_code == 404

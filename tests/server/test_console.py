@@ -10,7 +10,7 @@ import pytest
 from server.app import create_app
 from server.metrics import Metrics
 from server.pages import EVIDENCE, FOLDER
-from server.settings import Settings
+from server.settings import Settings, read_settings
 from tests.server.fakes import FakeRepository
 
 BROWSER = {"accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
@@ -150,3 +150,9 @@ def test_the_files_are_part_of_the_wheel() -> None:
 
 def test_no_weights_count_as_evidence() -> None:
     assert {Path(name).suffix for name in EVIDENCE} == {".json", ".html"}
+
+
+def test_it_is_on_unless_the_environment_or_the_command_line_says_no() -> None:
+    assert read_settings({}, {}).console
+    assert not read_settings({}, {"SLIPSTREAM_CONSOLE": "false"}).console
+    assert read_settings({"console": True}, {"SLIPSTREAM_CONSOLE": "false"}).console

@@ -18,7 +18,7 @@ from optimizers.asking import Original, Parts, Place, ask, parts_of
 from optimizers.budget import Budget
 from optimizers.building import Built, Line, on_gpu
 from optimizers.engine_forms import EngineForm, find_int8
-from optimizers.engines import build_engines
+from optimizers.engines import EnginePolicy, build_engines
 from optimizers.evaluator import Evaluate, load_evaluator
 from optimizers.evidence import HeldOut
 from optimizers.exact import FUSED, build_exact
@@ -368,5 +368,7 @@ class _Run:
         if searched.form is not None:
             wanted[searched.form.built.name] = searched.form.built.model
         rows, folder = answered.batching.max_rows, folder / "engines"
-        built = build_engines(wanted, parts.held_out, rows, folder, self.request.pass_timeout_s)
+        # Hidden, or the store would take it for an entry of its own.
+        policy = EnginePolicy((self.request.cache or self.request.repository / _CACHE) / ".engines")
+        built = build_engines(wanted, parts.held_out, rows, folder, self.request.pass_timeout_s, policy)
         return (searched.form_record, *built) if searched.form_record is not None else built

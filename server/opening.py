@@ -1,6 +1,7 @@
 """Opening version folders in the background, so that the requests in service do not notice."""
 
 import asyncio
+import logging
 import re
 from pathlib import Path
 
@@ -11,10 +12,13 @@ from server.errors import Draining, StartupError
 from server.gpus import GpuCollector
 from server.metrics import Metrics
 from server.model import Model
+from server.native import obstacle_of
 from server.providers import CPU, Device, Devices, find_devices, usable_cores
 from server.scheduler import Cores
 from server.settings import Settings
 from server.split import Splits
+
+logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"[A-Za-z0-9._-]+")
 
@@ -49,7 +53,7 @@ class Opener:
             ProviderUnavailable: If a GPU is required and none works.
         """
         settings = self._settings
-        self.devices = found = await asyncio.to_thread(find_devices, settings.gpu, settings.gpu_memory_bytes)
+        self.devices = found = await asyncio.to_thread(_find_devices, settings)
         gpus = sorted({device.index for device in found.usable if device.kind != CPU.kind})
         if gpus:
             self._metrics.registry.register(GpuCollector(gpus))
@@ -102,6 +106,24 @@ class Opener:
         may_split = not self._settings.cpu_instances and self._splits.may_start_threads(artifact.name)
         has_one_each = all(variant.options.intra_op_threads == 1 for variant in artifact.variants)
         return self.devices.usable == (CPU,) and has_one_each and not may_split
+
+
+def _find_devices(settings: Settings) -> Devices:
+    """Find the devices, TensorRT's also where it is not onnxruntime that runs it."""
+    found = find_devices(settings.gpu, settings.gpu_memory_bytes)
+    there, unused = set(found.usable), dict(found.unused)
+    added = []
+    for gpu in (device for device in found.usable if device.kind == "cuda"):
+        device = Device("tensorrt", gpu.index, gpu.memory_bytes)
+        if device in there:
+            continue
+        if (obstacle := obstacle_of(device)) is None:
+            unused.pop(device.name, None)
+            added.append(device)
+        else:
+            unused[device.name] = obstacle
+            logger.info("not used: %s: %s", device.name, obstacle.text)
+    return Devices((*added, *found.usable), unused)
 
 
 def _read(folder: Path) -> Artifact:

@@ -65,7 +65,7 @@ class Session:
 
     def __init__(self, path: Path, device: Device, options: SessionOptions) -> None:
         if path.suffix == ".plan":
-            raise UnsupportedModel(f"{path} is a bare TensorRT engine; this server opens ONNX files")
+            raise UnsupportedModel(f"{path} is a bare TensorRT engine; onnxruntime opens ONNX files")
         session = open_ort_session(path, device, options)
         self._path = path
         self.device = device

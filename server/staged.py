@@ -11,6 +11,7 @@ from pathlib import Path
 
 from server.artifact import SessionOptions, Variant
 from server.errors import ArtifactError, StartupError
+from server.native import SUFFIX, NativeSession
 from server.providers import Device
 from server.session import Opened, Session
 from server.tensors import Array, Signature, Tensors
@@ -112,6 +113,8 @@ def open_variant(
     Raises:
         StartupError: If a file cannot be opened on its device, or if the stages do not fit together.
     """
+    if variant.file.endswith(SUFFIX):
+        return NativeSession(folder / variant.file, devices[0])
     if not variant.stages or signature is None:
         return Session(folder / variant.file, devices[0], options)
     files = (variant.file, *variant.stages)

@@ -13,6 +13,7 @@ from queue import SimpleQueue
 from server import batching
 from server.batching import Plan
 from server.breaker import Breaker
+from server.errors import OutOfMemory
 from server.outcome import Future
 from server.ragged import Ragged
 from server.routing import LaneSpec, LaneState
@@ -128,7 +129,8 @@ class Worker:
                 self._works = self._first_row(requests[0].request.inputs)
         except BaseException as exc:  # noqa: BLE001  A thread that died would leave its clients waiting for ever.
             run.error = exc
-            run.probe_passed = self._passes_probe()
+            if not isinstance(exc, OutOfMemory) or run.batch.rows == 1:  # else a smaller batch tells more than a probe
+                run.probe_passed = self._passes_probe()
         run.compute_s = self._clock() - started_s
 
     def _first_row(self, inputs: Tensors) -> Tensors:

@@ -116,3 +116,15 @@ def save_batch_mixing(path: Path) -> Path:
         helper.make_node("Sub", ["x", "m"], ["y"]),
     ]
     return _save(path, nodes, [("x", FLOAT, ["batch", 4])], [("y", FLOAT, ["batch", 4])], {})
+
+
+def save_nonzero(path: Path) -> Path:
+    """x FP32 [length] -> places INT64 [1,found]; the values decide the size of the output."""
+    nodes = [helper.make_node("NonZero", ["x"], ["places"])]
+    return _save(path, nodes, [("x", FLOAT, ["length"])], [("places", INT64, [1, "found"])], {})
+
+
+def save_double(path: Path) -> Path:
+    """x, y FP64 [1]."""
+    specs = [(name, TensorProto.DOUBLE, [1]) for name in ("x", "y")]
+    return _save(path, [helper.make_node("Neg", ["x"], ["y"])], specs[:1], specs[1:], {})

@@ -122,9 +122,8 @@ async def test_batch_without_memory_is_halved_until_it_fits(opened, gpu, mlp, ca
     scheduler, metrics = opened(gpu.lane())
     answers = await asyncio.gather(*(ask(scheduler, row) for row in range(MOST_ROWS)))
     assert all(right(answer, mlp, row) for row, answer in enumerate(answers))
-    batches = [rows for rows in gpu.batches if rows > 1]  # after each failure the lane is probed with one row
-    assert batches[:3] == [16, 8, 4], "each time half"
-    assert max(batches[3:]) == 2
+    assert gpu.batches[:3] == [16, 8, 4], "each time half, and no probe in between"
+    assert max(gpu.batches[3:]) == 2
     assert count(metrics, "slipstream_out_of_memory_total", variant="fp32", device="cuda:0") == 3
     assert count(metrics, "slipstream_retries_total") == 0, "it does not use up the one retry"
     assert scheduler.lanes_down == ()

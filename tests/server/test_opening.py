@@ -159,3 +159,17 @@ async def test_gpus_in_use_are_read_at_each_scrape(monkeypatch: pytest.MonkeyPat
     assert b"gpus 2.0" in metrics.text()
     assert b"slipstream_gpu_fallback{" not in metrics.text()
     opener.background.close()
+
+
+def test_tensorrt_of_its_own_is_a_device_where_onnxruntime_has_none(monkeypatch: pytest.MonkeyPatch):
+    missing, absent = Obstacle("missing_library", "TensorRT 10 is not installed"), Obstacle("failed", "no runtime")
+    names = ("tensorrt:0", "tensorrt:1")
+    found = Devices((Device("cuda"), Device("cuda", 1), CPU), dict.fromkeys(names, missing))
+    monkeypatch.setattr(opening, "find_devices", lambda *_: found)
+    monkeypatch.setattr(opening, "obstacle_of", lambda device: absent if device.index else None)
+    seen = opening._find_devices(Settings())
+    assert [device.name for device in seen.usable] == ["tensorrt:0", "cuda:0", "cuda:1", "cpu"]
+    assert seen.unused == {"tensorrt:1": absent}
+    monkeypatch.setattr(opening, "find_devices", lambda *_: Devices((Device("tensorrt"), Device("cuda"), CPU)))
+    monkeypatch.setattr(opening, "obstacle_of", lambda _: pytest.fail("asked"))
+    assert [device.name for device in opening._find_devices(Settings()).usable] == ["tensorrt:0", "cuda:0", "cpu"]

@@ -33,7 +33,8 @@ from optimizers.passes import Pass, PassContext
 from optimizers.passes.catalog import BY_NAME, EXACT, step_of
 from optimizers.passes.cpu_build import DISABLED_OPTIMIZERS, CpuBuild
 from optimizers.predictor import Experience, Features, add_experiences, features_of, in_order, read_experiences
-from optimizers.publish import Edition, move_into_place, publish
+from optimizers.profiles import profile_of
+from optimizers.publish import ENGINES, Edition, move_into_place, publish
 from optimizers.racing import Track
 from optimizers.recipe import Compression, Precision, VariantPlan
 from optimizers.records import UNTOUCHED, EngineRecord, mean_of
@@ -201,6 +202,7 @@ class _Run:
             found=searched.found,
             outcome=outcome,
             engine_form=searched.form,
+            engine_profile=profile_of(parts.held_out, answered.batching.max_rows),
             engines=engines,
             seconds=self.budget.elapsed_s,
         )
@@ -367,7 +369,7 @@ class _Run:
         wanted = {served_name(form.name): form.model for form in forms}
         if searched.form is not None:
             wanted[searched.form.built.name] = searched.form.built.model
-        rows, folder = answered.batching.max_rows, folder / "engines"
+        rows, folder = answered.batching.max_rows, folder / ENGINES
         # Hidden, or the store would take it for an entry of its own.
         policy = EnginePolicy((self.request.cache or self.request.repository / _CACHE) / ".engines")
         built = build_engines(wanted, parts.held_out, rows, folder, self.request.pass_timeout_s, policy)

@@ -30,6 +30,7 @@ from server.artifact import (
     Batching,
     Golden,
     Manifest,
+    Profile,
     SessionOptions,
     Source,
     Variant,
@@ -44,7 +45,7 @@ from server.tensors import Signature
 
 GOLDEN_MARGIN_DB = 3.0
 GOLDEN_CEILING_DB = 60.0
-RECIPE = "recipe.toml"
+RECIPE, ENGINES = "recipe.toml", "engines"
 
 
 class Edition(msgspec.Struct, frozen=True):
@@ -52,6 +53,7 @@ class Edition(msgspec.Struct, frozen=True):
 
     Attributes:
         engine_form: What only engines are made of; ``None`` without.
+        engine_profile: The shapes of the plans that lie in the folder ``ENGINES``.
         lost: That the first choice was refused when it was written; empty when it was not.
     """
 
@@ -66,6 +68,7 @@ class Edition(msgspec.Struct, frozen=True):
     found: Found
     outcome: Outcome
     engine_form: EngineForm | None
+    engine_profile: Profile
     engines: tuple[EngineRecord, ...]
     seconds: float
     lost: str = ""
@@ -88,6 +91,7 @@ def publish(folder: Path, edition: Edition) -> None:
         edition = msgspec.structs.replace(edition, engines=(*edition.engines, record))
     if edition.engine_form is not None:
         variants = (*variants, _write_engine_form(folder, edition.engine_form, edition.original.golden))
+    variants = tuple(_with_engine(folder, variant, edition.engine_profile) for variant in variants)
     manifest = _manifest(folder, edition, variants)
     recipe = write_recipe(_replay(edition))
     (folder / RECIPE).write_text(recipe, encoding="utf-8")
@@ -195,6 +199,14 @@ def _write_engine_form(folder: Path, form: EngineForm, golden: Golden) -> Varian
     """Write what an engine is built of; no device has measured it."""
     written = _write(folder, form.built.name, form.built, form.options, golden)
     return msgspec.structs.replace(written, provider="tensorrt", options=SessionOptions(), fidelity=form.fidelity)
+
+
+def _with_engine(folder: Path, variant: Variant, profile: Profile) -> Variant:
+    plan = folder / ENGINES / f"{variant.name}.plan"
+    if not plan.is_file():
+        return variant
+    file = str(plan.relative_to(folder))
+    return msgspec.structs.replace(variant, engine=file, engine_sha256=digest_of(plan), profile=profile)
 
 
 def _write(folder: Path, name: str, built: Built, options: SessionOptions, golden: Golden) -> Variant:

@@ -195,6 +195,8 @@ class Variant(msgspec.Struct, frozen=True):
         from_rows: Least rows of the batches that it takes from the variant before it; 0 when it is not one for large
             batches.
         weights: Files beside ``file`` that hold its weights, by name -> digest; for models beyond 2 GB.
+        engine: A plan built of it for other machines, path relative to the version folder, and ``engine_sha256`` its
+            digest; empty without. ``profile`` are its shapes.
         stages: Of a model that is cut for several devices, the files of the stages that follow on ``file``, in order:
             path relative to the version folder -> digest.
     """
@@ -215,6 +217,8 @@ class Variant(msgspec.Struct, frozen=True):
     from_rows: int = 0
     weights: dict[str, str] = {}
     stages: dict[str, str] = {}
+    engine: str = ""
+    engine_sha256: str = ""
 
 
 class Batching(msgspec.Struct, frozen=True):
@@ -338,6 +342,8 @@ def read_artifact(folder: Path) -> Artifact:
             _check_digest(folder, str(Path(variant.file).parent / weights), digest)
         for stage, digest in variant.stages.items():
             _check_digest(folder, stage, digest)
+        if variant.engine:
+            _check_digest(folder, variant.engine, variant.engine_sha256)
     if manifest.golden_sha256:
         _check_digest(folder, GOLDEN, manifest.golden_sha256)
     return Artifact(folder, name, version, manifest)

@@ -5,6 +5,8 @@ the CPU. When the engine is there it is opened, checked against the golden outpu
 it is faster than what serves, its lane comes first from then on. The lanes that were there stay, for overflow, for
 shapes that the engine was not built for, and for failures.
 
+An engine that lies in the artifact, built on another machine for this kind of GPU, is tried first.
+
 The builder is a command, because it needs the optimizer, which a server goes without. It keeps the plans that it has
 built, so the next start gets them in the time that the command takes to start.
 """
@@ -89,10 +91,11 @@ class Building:
         """Build one engine and bring it into service; return the result that is counted."""
         title = f"{model.name}/{model.version}: the engine of {source.name} on {device.name}"
         try:
-            engine = await self._run_builder(model.artifact.folder, manifest, source, device)
-            # Threads of a GPU driver inherit the priority of the thread that opens it.
-            lanes = await self._background.run(model.open_engine, engine, source, device, low=False)
-            if not _is_faster(lanes[0], [other for other in model.lanes if other.variant != engine.name]):
+            lanes = await self._open_own(title, model, source, device)
+            if lanes is None:
+                engine = await self._run_builder(model.artifact.folder, manifest, source, device)
+                lanes = await self._open(model, engine, source, device)
+            if not _is_faster(lanes[0], [other for other in model.lanes if other.variant != lanes[0].variant]):
                 logger.warning("%s is no faster than what serves and is not used", title)
                 model.discard(lanes)
                 return "slower"
@@ -106,6 +109,20 @@ class Building:
         logger.info("%s serves", title)
         return "served"
 
+    async def _open_own(self, title: str, model: Model, source: Variant, device: Device) -> list[LaneSpec] | None:
+        """Open the engine that the artifact has; ``None`` if it has none that fits here."""
+        if not source.engine or source.profile is None:
+            return None
+        try:
+            return await self._open(model, _engine_of(source, source.engine, source.profile, device), source, device)
+        except StartupError as exc:
+            logger.info("%s is built, that of the artifact does not fit: %s", title, exc)
+            return None
+
+    async def _open(self, model: Model, engine: Variant, source: Variant, device: Device) -> list[LaneSpec]:
+        # Threads of a GPU driver inherit the priority of the thread that opens it.
+        return await self._background.run(model.open_engine, engine, source, device, low=False)
+
     async def _run_builder(self, folder: Path, manifest: Manifest, source: Variant, device: Device) -> Variant:
         profile = source.profile or profile_of(manifest, await asyncio.to_thread(read_golden, folder))
         kept = self._settings.engine_cache.absolute()
@@ -115,16 +132,7 @@ class Building:
         for text in _profile_texts(profile):
             command += ["--profile", text]
         await _run(command, _only(device, os.environ))
-        return msgspec.structs.replace(
-            source,
-            name=source.name if source.provider == "tensorrt" else f"{source.name}-engine",
-            file=str(plan),
-            provider=device.kind,
-            options=SessionOptions(),
-            latency=None,
-            profile=profile,
-            from_rows=0,
-        )
+        return _engine_of(source, str(plan), profile, device)
 
 
 def sources(manifest: Manifest, served: Sequence[str]) -> list[Variant]:
@@ -161,6 +169,19 @@ def profile_of(manifest: Manifest, golden: Golden) -> Profile:
             size if isinstance(size, int) else most for size, most in zip(spec.shape, largest, strict=True)
         )
     return Profile(minimum, maximum, maximum)
+
+
+def _engine_of(source: Variant, plan: str, profile: Profile, device: Device) -> Variant:
+    return msgspec.structs.replace(
+        source,
+        name=source.name if source.provider == "tensorrt" else f"{source.name}-engine",
+        file=plan,
+        provider=device.kind,
+        options=SessionOptions(),
+        latency=None,
+        profile=profile,
+        from_rows=0,
+    )
 
 
 def _profile_texts(profile: Profile) -> list[str]:

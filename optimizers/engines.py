@@ -10,13 +10,11 @@ import msgspec
 import numpy as np
 import onnx
 
-from optimizers.calibration import Samples
 from optimizers.engine import EngineBuild, EngineOptions, build_engine
 from optimizers.errors import OptimizerError
 from optimizers.graph import load_model
 from optimizers.passes.sparsity import GROUP, is_sparse
 from optimizers.plans import PlanCache
-from optimizers.profiles import profile_of
 from optimizers.records import EngineRecord
 from server.artifact import Profile
 
@@ -35,8 +33,7 @@ class EnginePolicy(msgspec.Struct, frozen=True):
 
 def build_engines(
     models: Mapping[str, Path],
-    samples: Samples,
-    max_rows: int,
+    profile: Profile,
     folder: Path,
     timeout_s: float,
     policy: EnginePolicy | None = None,
@@ -45,13 +42,12 @@ def build_engines(
 
     Args:
         models: Candidate -> ONNX file.
-        samples: Their shapes become the profile.
-        max_rows: Largest batch of the profile.
+        profile: Shapes for the inputs.
         folder: Where the plans go, as ``<candidate>.plan``.
         timeout_s: Seconds for one build.
         policy: How to build; by default without a cache.
     """
-    profile, policy = profile_of(samples, max_rows), policy or EnginePolicy()
+    policy = policy or EnginePolicy()
     return tuple(
         _record(name, (policy, model, profile, folder / f"{name}.plan"), timeout_s) for name, model in models.items()
     )
@@ -119,4 +115,4 @@ def _record(name: str, work: tuple[EnginePolicy, Path, Profile, Path], timeout_s
         "seconds": f"{built.seconds:.1f}",
         "cache": "hit" if built.cached else "built now",
     }
-    return EngineRecord(f"{name}: built", "built, not served: no lane runs bare engines yet", facts)
+    return EngineRecord(f"{name}: built", "a server tries it before it builds one of its own", facts)

@@ -33,7 +33,7 @@ from optimizers.passes import Pass, PassContext
 from optimizers.passes.catalog import BY_NAME, EXACT, step_of
 from optimizers.passes.cpu_build import DISABLED_OPTIMIZERS, CpuBuild
 from optimizers.predictor import Experience, Features, add_experiences, features_of, in_order, read_experiences
-from optimizers.profiles import profile_of
+from optimizers.profiles import profile_of, reaching_down
 from optimizers.publish import ENGINES, Edition, move_into_place, publish
 from optimizers.racing import Track
 from optimizers.recipe import Compression, Precision, VariantPlan
@@ -45,7 +45,7 @@ from optimizers.store import Store, key_of, sweep
 from optimizers.trial import Outcome, Trial, TrialPlan, served_name
 from optimizers.tuning import MEMORY_SHARE
 from optimizers.uint8_input import require_same, with_uint8_inputs
-from server.artifact import Artifact, read_artifact
+from server.artifact import Artifact, Profile, read_artifact
 from server.errors import ArtifactError
 from server.host import HostFacts, available_memory_bytes, read_host
 from server.providers import usable_devices
@@ -189,7 +189,8 @@ class _Run:
         observe("write the artifact", 0.96)
         folder = self.work / "artifact"
         folder.mkdir()
-        engines = self._engines(searched, parts, answered, folder)
+        profile = reaching_down(profile_of(parts.held_out, answered.batching.max_rows), signature)
+        engines = self._engines(searched, profile, folder)
         edition = Edition(
             request=self.request,
             version=self.version,
@@ -202,7 +203,7 @@ class _Run:
             found=searched.found,
             outcome=outcome,
             engine_form=searched.form,
-            engine_profile=profile_of(parts.held_out, answered.batching.max_rows),
+            engine_profile=profile,
             engines=engines,
             seconds=self.budget.elapsed_s,
         )
@@ -362,15 +363,14 @@ class _Run:
         """Seconds for the races of the trial, unless they cannot be as short."""
         return min(self.request.time_budget_s * _RACE_SHARE, _MOST_RACE_S)
 
-    def _engines(self, searched: _Searched, parts: Parts, answered: Original, folder: Path) -> tuple[EngineRecord, ...]:
+    def _engines(self, searched: _Searched, profile: Profile, folder: Path) -> tuple[EngineRecord, ...]:
         if "tensorrt" not in self.recipe.devices:
             return ()
         forms = [a.built for a in searched.built if a.built.name in _ENGINES and not a.built.failure]
         wanted = {served_name(form.name): form.model for form in forms}
         if searched.form is not None:
             wanted[searched.form.built.name] = searched.form.built.model
-        rows, folder = answered.batching.max_rows, folder / ENGINES
         # Hidden, or the store would take it for an entry of its own.
         policy = EnginePolicy((self.request.cache or self.request.repository / _CACHE) / ".engines")
-        built = build_engines(wanted, parts.held_out, rows, folder, self.request.pass_timeout_s, policy)
+        built = build_engines(wanted, profile, folder / ENGINES, self.request.pass_timeout_s, policy)
         return (searched.form_record, *built) if searched.form_record is not None else built

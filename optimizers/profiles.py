@@ -7,9 +7,12 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 
+import msgspec
+
 from optimizers.calibration import Samples
 from optimizers.errors import EngineBuildError
 from server.artifact import Profile
+from server.tensors import Signature
 
 _SHAPE = re.compile(r"[1-9]\d*(x[1-9]\d*)*")
 
@@ -33,6 +36,16 @@ def profiles_of(samples: Samples, max_rows: Sequence[int]) -> tuple[Profile, ...
     """Return one profile per batch size, each from the one below to its own: 8 and 32 give 1 to 8 and 9 to 32."""
     sizes = sorted(set(max_rows)) if samples.batched else [1]
     return tuple(profile_of(samples, size, below + 1) for below, size in zip([0, *sizes[:-1]], sizes, strict=True))
+
+
+def reaching_down(profile: Profile, signature: Signature) -> Profile:
+    """Return a profile whose smallest shapes have size 1 on every variable axis: shorter inputs run in it as well."""
+    variable = {spec.name: [not isinstance(size, int) for size in spec.shape] for spec in signature.inputs}
+    minimum = {
+        name: tuple(1 if is_open else size for is_open, size in zip(variable[name], shape, strict=True))
+        for name, shape in profile.minimum.items()
+    }
+    return msgspec.structs.replace(profile, minimum=minimum)
 
 
 def parse_profiles(texts: Sequence[str]) -> tuple[Profile, ...]:

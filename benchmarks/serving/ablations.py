@@ -173,7 +173,7 @@ def ablated(material: Material, patch: str, options: tuple[str, ...]) -> Iterato
     port = free_port()
     command = slipstream_command(material.workload.repository, port, *options)
     if patch:
-        command = [sys.executable, "-m", "benchmarks.serving.ablated", patch, *command[1:]]
+        command = [sys.executable, "-m", "benchmarks.serving.ablated", patch, *command[command.index("serve") :]]
     with running(command, port, lambda: is_right(_OURS, material.workload, PROTOCOL_JSON, port)) as server:
         yield server
 

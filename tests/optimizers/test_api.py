@@ -43,12 +43,14 @@ def test_artifact_and_its_evidence_come_back(mlp: Path, tmp_path: Path, samples:
     result = optimize(task_of(mlp, tmp_path, calibration={"x": samples}))
     assert isinstance(result, Result)
     assert result.artifact.folder == tmp_path / "models" / "mlp" / "1"
-    assert result.chosen.name == "fp32" == result.report.chosen
+    # "a" is the same file: on a busy machine it may seem faster.
+    assert result.chosen.name == result.report.chosen
+    assert result.chosen.name in ("fp32", "a")
     assert (result.artifact.folder / result.chosen.file).is_file()
     assert result.candidates.keys() == {"original", "original-1thread", "a"}
     assert result.candidates["original"].verdict == "baseline"
     assert result.report.data.samples == 60
-    assert result.report.headline.startswith("fp32 is served")
+    assert result.report.headline.startswith(f"{result.chosen.name} is served")
     assert result.report.command == "optimizers.optimize(...)"
 
 

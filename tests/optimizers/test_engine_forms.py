@@ -1,6 +1,7 @@
 """The INT8 form of engines: symmetric, proven as it is written, published for TensorRT, and read by a real builder."""
 
 import importlib.util
+import shutil
 from pathlib import Path
 
 import msgspec
@@ -16,7 +17,8 @@ from optimizers.pipeline import optimize
 from optimizers.recipe import Recipe
 from optimizers.report import read_report
 from optimizers.request import OptimizeRequest
-from server.artifact import Artifact, SessionOptions, Variant
+from server.artifact import Artifact, Profile, SessionOptions, Variant, digest_of, read_artifact
+from server.errors import ArtifactError
 from server.metrics import Metrics
 from server.model import Model
 from server.providers import CPU
@@ -105,8 +107,22 @@ def test_it_is_served_on_no_cpu(made: Artifact):
 def test_a_real_builder_reads_it(made: Artifact):
     statuses = [record.status for record in read_report(made.folder).engines]
     assert statuses == [f"{NAME}: proven", "fp32: built", f"{NAME}: built"]
-    plans = {file.name: file.stat().st_size for file in (made.folder / "engines").iterdir()}
-    assert plans.keys() == {"fp32.plan", f"{NAME}.plan"}
+    assert {variant.name: variant.engine for variant in made.variants} == {
+        "fp32": "engines/fp32.plan",
+        NAME: f"engines/{NAME}.plan",
+    }
+    for variant in made.variants:
+        assert digest_of(made.folder / variant.engine) == variant.engine_sha256
+        assert variant.profile == Profile(*({"image": (rows, 3, 16, 16)} for rows in (1, 4, 4)))
+
+
+def test_damaged_plan_is_a_damaged_artifact(made: Artifact, tmp_path: Path):
+    copy = tmp_path / "cnn" / "1"
+    shutil.copytree(made.folder, copy)
+    plan = copy / form_of(made).engine
+    plan.write_bytes(plan.read_bytes()[:-1])
+    with pytest.raises(ArtifactError, match=rf"{NAME}\.plan has SHA-256"):
+        read_artifact(copy)
 
 
 def test_unfaithful_form_is_refused_with_the_reason_of_each_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

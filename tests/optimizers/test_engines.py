@@ -17,6 +17,7 @@ from optimizers import engines
 from optimizers.calibration import Samples
 from optimizers.engine import EngineOptions
 from optimizers.engines import EnginePolicy, build_engines, has_sparse_weights
+from optimizers.profiles import profile_of
 from optimizers.report import EngineRecord
 from tests import models
 
@@ -43,7 +44,7 @@ def fault(*_: object) -> None:
 
 
 def build(model: Path, folder: Path, timeout_s: float = 120.0) -> EngineRecord:
-    (record,) = build_engines({"fp32": model}, MLP_SAMPLES, 8, folder, timeout_s)
+    (record,) = build_engines({"fp32": model}, profile_of(MLP_SAMPLES, 8), folder, timeout_s)
     return record
 
 
@@ -51,7 +52,7 @@ def build(model: Path, folder: Path, timeout_s: float = 120.0) -> EngineRecord:
 def test_engine_is_built_beside_the_artifact_and_recorded(mlp: Path, tmp_path: Path):
     record = build(mlp, tmp_path / "engines")
     assert record.status == "fp32: built"
-    assert "not served" in record.reason
+    assert "a server tries it" in record.reason
     size = (tmp_path / "engines" / "fp32.plan").stat().st_size
     assert record.facts["plan"] == f"engines/fp32.plan, {size} bytes"
     assert record.facts["builder"].startswith("tensorrt-rtx ")
@@ -62,7 +63,7 @@ def test_engine_of_an_earlier_run_is_taken_from_the_cache(mlp: Path, tmp_path: P
     policy = EnginePolicy(tmp_path / "cache", EngineOptions(flavour="tensorrt-rtx", capabilities=("8.9",)))
     records = []
     for run in ("one", "two"):
-        records += build_engines({"fp32": mlp}, MLP_SAMPLES, 8, tmp_path / run, 120, policy)
+        records += build_engines({"fp32": mlp}, profile_of(MLP_SAMPLES, 8), tmp_path / run, 120, policy)
     assert [record.facts["cache"] for record in records] == ["built now", "hit"]
     assert [record.facts["compute capabilities"] for record in records] == ["8.9", "8.9"]
     assert (tmp_path / "one" / "fp32.plan").read_bytes() == (tmp_path / "two" / "fp32.plan").read_bytes()
@@ -102,7 +103,7 @@ def test_weights_without_the_pattern_are_not_sparse(mlp: Path):
 @rtx
 def test_refused_model_is_recorded_and_the_others_are_built(mlp: Path, tmp_path: Path):
     text = models.save_strings(tmp_path / "text.onnx")
-    records = build_engines({"fp16": text, "fp32": mlp}, MLP_SAMPLES, 8, tmp_path / "engines", 120)
+    records = build_engines({"fp16": text, "fp32": mlp}, profile_of(MLP_SAMPLES, 8), tmp_path / "engines", 120)
     assert [record.status for record in records] == ["fp16: refused", "fp32: built"]
     assert "cannot read" in records[0].reason
     assert [path.name for path in (tmp_path / "engines").iterdir()] == ["fp32.plan"]

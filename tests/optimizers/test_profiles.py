@@ -5,8 +5,9 @@ import pytest
 
 from optimizers.calibration import Samples
 from optimizers.errors import EngineBuildError
-from optimizers.profiles import parse_profiles, profile_of, profiles_of
+from optimizers.profiles import parse_profiles, profile_of, profiles_of, reaching_down
 from server.artifact import Profile
+from server.tensors import Signature, TensorSpec
 
 IDS = Samples({name: np.zeros((20, 7), np.int64) for name in ("ids", "mask")}, 20, batched=True)
 FRAME = Samples({"frame": np.zeros((20, 3, 5), np.float32)}, 20, batched=False, whole=frozenset({"frame"}))
@@ -58,3 +59,13 @@ def test_other_forms_are_refused(text: str):
 def test_numbers_of_profiles_that_differ_are_refused():
     with pytest.raises(EngineBuildError, match=r"different numbers of profiles: \{'a': 2, 'b': 3\}"):
         parse_profiles(["a=1", "a=2", "b=1", "b=2", "b=3"])
+
+
+def test_profile_reaches_down_on_variable_axes_only():
+    signature = Signature(
+        (TensorSpec("ids", "INT64", ("batch", "length")), TensorSpec("image", "FP32", (None, 3, 8, 8))), ()
+    )
+    large = {"ids": (8, 64), "image": (8, 3, 8, 8)}
+    reached = reaching_down(Profile(large, large, large), signature)
+    assert reached.minimum == {"ids": (1, 1), "image": (1, 3, 8, 8)}
+    assert (reached.optimum, reached.maximum) == (large, large)

@@ -14,11 +14,23 @@ import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
 from server import building, lanes, opening
-from server.artifact import Batching, Golden, LatencyTable, Manifest, Profile, SessionOptions, Source, Variant
+from server.artifact import (
+    Batching,
+    Golden,
+    LatencyTable,
+    Manifest,
+    Profile,
+    SessionOptions,
+    Source,
+    Variant,
+    digest_of,
+    read_artifact,
+)
 from server.errors import InferenceFailed
 from server.metrics import Metrics
 from server.providers import CPU, Device, Devices
@@ -28,7 +40,7 @@ from server.settings import Settings
 from server.staged import open_variant
 from server.tensors import Array, InferRequest, Signature, Tensors, TensorSpec
 from tests import models
-from tests.artifacts import write_artifact, write_plain
+from tests.artifacts import edit_manifest, write_artifact, write_plain
 
 GPU = Device("tensorrt")
 X = InferRequest({"x": np.ones((1, 64), np.float32)})
@@ -183,6 +195,46 @@ async def test_builder_is_told_what_to_build_and_takes_no_cores_from_requests(ma
         *("--profile", "x=1x64:32x64:32x64"),
     ]
     assert (seen["gpu"], seen["nice"]) == ("0", 19)
+
+
+def with_engine(folder: Path, model: Path) -> None:
+    """Put an engine of another model file into the artifact."""
+    version = folder / "mlp" / "1"
+    plan = version / "engines" / "fp32.plan"
+    plan.parent.mkdir()
+    shutil.copyfile(model, plan)
+    (variant,) = read_artifact(version).variants
+    edit_manifest(
+        version,
+        variants=(
+            msgspec.structs.replace(
+                variant,
+                engine="engines/fp32.plan",
+                engine_sha256=digest_of(plan),
+                profile=Profile({"x": (1, 64)}, {"x": (8, 64)}, {"x": (8, 64)}),
+            ),
+        ),
+    )
+
+
+async def test_engine_of_the_artifact_is_used_without_a_build(make, metrics, folder, mlp, tmp_path):
+    with_engine(folder, mlp)
+    repository = make("import sys; sys.exit('not to be called')")
+    await repository.open()
+    await until(lambda: builds(metrics, "served") == 1)
+    assert (await repository.get("mlp").infer(X)).device == "tensorrt:0"
+    assert not (tmp_path / "engines").exists()
+
+
+async def test_engine_of_the_artifact_that_does_not_fit_is_built_again(make, metrics, folder, tmp_path, caplog):
+    with_engine(folder, models.save_mlp(tmp_path / "other.onnx", seed=1))
+    caplog.set_level(logging.INFO)
+    repository = make()
+    await repository.open()
+    await until(lambda: builds(metrics, "served") == 1)
+    assert "is built, that of the artifact does not fit: variant fp32-engine on tensorrt:0 reproduces" in caplog.text
+    assert (await repository.get("mlp").infer(X)).device == "tensorrt:0"
+    assert [engine.is_closed for engine in Standing.opened] == [True, False]
 
 
 async def test_failing_engine_leaves_its_work_to_the_lanes_before_it(make, metrics):

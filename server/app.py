@@ -128,6 +128,7 @@ class Application(FastAPI):
             if not self.draining:  # else whoever set it has waited for the requests already
                 await self.repository.drain()
             self.repository.close()
+            await asyncio.to_thread(self.infer.close)
 
     def _add_routes(self) -> None:
         for path, endpoint, summary in (

@@ -59,6 +59,10 @@ _HELP = {
     "shadow_s": "Seconds that this comparison lasts.",
     "shadow_max_disagreement": "Mean disagreement, 0 to 1, beyond which the new version is refused; 1 refuses none.",
     "console": "Show browsers a page at / with the models, live figures, evidence and a playground.",
+    "otlp_endpoint": "URL that takes traces as OTLP over HTTP, such as http://collector:4318/v1/traces; empty traces "
+    "nothing.",
+    "trace_share": "Share of the requests without a trace of their own that are traced, 0 to 1; those with a sampled "
+    "traceparent always are.",
     "log_format": "Log lines for people (plain) or for machines (json), on stderr.",
     "log_level": "Least level that is logged.",
     "server_name": "Name in GET /v2; some clients insist on triton.",

@@ -193,6 +193,7 @@ class FrontEndProcess:
         app, listener = await self._started
         await listener.serve_on_loop()
         app.engine.close()
+        await asyncio.to_thread(app.infer.close)
         self._line.close()
 
     def _obey(self, note: Note, files: list[int]) -> None:

@@ -8,10 +8,11 @@ Source: the Open Inference Protocol, and its binary tensor data extension for ``
 """
 
 import asyncio
+import importlib
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
-from typing import Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import msgspec
 from starlette.types import Receive, Scope, Send
@@ -33,6 +34,9 @@ from server.serving import Cache, How, Model, Models, RequestCounter, RequestCou
 from server.settings import Settings
 from server.tensors import InferRequest, InferResponse
 from server.wire import Decoded, Encoded, ReplyFormat, decode, encode
+
+if TYPE_CHECKING:
+    from server.tracing import Trace, Tracer
 
 # A version that was replaced answers for some seconds more what had found it.
 SLOW_BODY_S = 1.0
@@ -104,6 +108,7 @@ class InferBranch(Generic[_Model]):
         self.max_body_bytes, self._default_timeout_s = settings.max_body_bytes, settings.default_timeout_s
         self._begins = cache is None or cached_by_models
         self._counter_of: dict[tuple[str, str], RequestCounter] = {}
+        self._tracer = _tracer_of(settings)
 
     def begin(self, call: Call, body: Body, answered: Answered) -> Callable[[], object] | None:
         """Answer one request without a task, if nothing but its run has to be waited for.
@@ -121,7 +126,8 @@ class InferBranch(Generic[_Model]):
         model = self._models.find(call.name, call.version)
         if model is None or not self._begins or b"content-encoding" in call.headers:
             return None
-        turn = _Turn(self._counter(model), model, answered)
+        trace = self._tracer.begin(call.headers) if self._tracer is not None else None
+        turn = _Turn(self._counter(model), model, answered, trace)
         try:
             if call.waited_s > 0 and self._is_hopeless(call):
                 turn.refuse()
@@ -130,6 +136,11 @@ class InferBranch(Generic[_Model]):
         except Exception as exc:  # noqa: BLE001  (as in answer)
             turn.fail(exc)
             return _nothing
+
+    def close(self) -> None:
+        """Send the traces that are left."""
+        if self._tracer is not None:
+            self._tracer.close()
 
     def _is_hopeless(self, call: Call) -> bool:
         """Whether too little time is left to run a request and write its answer; then none must be spent on it."""
@@ -142,13 +153,14 @@ class InferBranch(Generic[_Model]):
         Cancel it when its client leaves: then its queued request is dropped; a run that started goes on.
         """
         arrived_s = time.perf_counter()
+        trace = self._tracer.begin(call.headers) if self._tracer is not None else None
         model: _Model | None = None
         code = "ok"
         try:
             if self._look_up is not None:
                 await self._look_up(call.name, call.version)
             model = self._models.get(call.name, call.version)
-            return await self._infer(model, call, arrived_s)
+            return await self._infer(model, call, arrived_s, trace)
         except (asyncio.CancelledError, ClientLeft):
             code = CANCELLED
             raise
@@ -158,6 +170,8 @@ class InferBranch(Generic[_Model]):
         finally:
             if model is not None:
                 self._counter(model).request_finished(code, time.perf_counter() - arrived_s)
+            if trace is not None and code != "ok":
+                trace.end(call.name, call.version, code)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send, name: str, version: str) -> None:
         """Answer one ASGI request, for whoever mounts the application in another server.
@@ -172,7 +186,7 @@ class InferBranch(Generic[_Model]):
         except ClientLeft:
             return
 
-    async def _infer(self, model: _Model, call: Call, arrived_s: float) -> Answer:
+    async def _infer(self, model: _Model, call: Call, arrived_s: float, trace: "Trace | None") -> Answer:
         loop, headers = asyncio.get_running_loop(), call.headers
         check_head(headers, self.max_body_bytes)
         body = await call.body()
@@ -190,10 +204,14 @@ class InferBranch(Generic[_Model]):
             response = await model.infer(request)
         else:
             response, how = await self._cache.infer(model, request)
+        if trace is not None:
+            trace.ran()
         if _is_brief(response, reply):
             encoded = encode(response, reply)
         else:
             encoded = await loop.run_in_executor(None, encode, response, reply)
+        if trace is not None:
+            trace.end(response.model, response.version, "ok", response)
         return _answer(response, encoded, how, arrived_s)
 
     def _counter(self, model: Model) -> RequestCounter:
@@ -207,14 +225,13 @@ class InferBranch(Generic[_Model]):
 class _Turn:
     """One request that is answered without a task."""
 
-    __slots__ = ("_answered", "_arrived_s", "_counter", "_model", "_reply", "_request", "_response")
+    __slots__ = ("_answered", "_arrived_s", "_counter", "_model", "_reply", "_request", "_trace")
 
     _request: InferRequest
     _reply: ReplyFormat
-    _response: InferResponse
 
-    def __init__(self, counter: RequestCounter, model: Model, answered: Answered) -> None:
-        self._counter, self._model, self._answered = counter, model, answered
+    def __init__(self, counter: RequestCounter, model: Model, answered: Answered, trace: "Trace | None") -> None:
+        self._counter, self._model, self._answered, self._trace = counter, model, answered, trace
         self._arrived_s = time.perf_counter()
 
     def begin(self, call: Call, body: Body) -> Callable[[], object] | None:
@@ -241,6 +258,8 @@ class _Turn:
             return
         try:
             response, how = self._model.finish(self._request, run.result())
+            if self._trace is not None:
+                self._trace.ran()
             if _is_brief(response, self._reply):
                 self._written(response, how, encode(response, self._reply))
             else:
@@ -257,11 +276,13 @@ class _Turn:
 
     def _written(self, response: InferResponse, how: How, encoded: Encoded) -> None:
         answer = _answer(response, encoded, how, self._arrived_s)
-        self._count("ok")
+        self._count("ok", response)
         self._answered(answer)
 
-    def _count(self, code: str) -> None:
+    def _count(self, code: str, response: InferResponse | None = None) -> None:
         self._counter.request_finished(code, time.perf_counter() - self._arrived_s)
+        if self._trace is not None:
+            self._trace.end(self._model.name, self._model.version, code, response)
 
 
 class Application(Protocol):
@@ -313,6 +334,14 @@ def infer_target(path: str) -> tuple[str, str] | None:
     if not name or "/" in name or "/" in version or (separator and not version):
         return None
     return name, version
+
+
+def _tracer_of(settings: Settings) -> "Tracer | None":
+    """Return a tracer if the settings name an endpoint; OpenTelemetry takes a third of a second to import."""
+    if not settings.otlp_endpoint:
+        return None
+    made: Tracer = importlib.import_module("server.tracing").tracer_of(settings)
+    return made
 
 
 # Longer JSON than one slice is read and written in a worker thread. One slice would hold the GIL there as long as here,

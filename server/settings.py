@@ -48,6 +48,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         shadow_s: Seconds that this lasts.
         shadow_max_disagreement: Mean disagreement beyond which the new version is refused, 0 to 1; 1 refuses none.
         console: Whether browsers get a page at ``/``.
+        otlp_endpoint: URL that takes traces, OTLP over HTTP; empty traces nothing.
+        trace_share: Share of the requests without a trace of their own that are traced, 0 to 1.
         log_format: ``plain`` or ``json``.
         log_level: Name of a logging level.
         server_name: Reported by ``GET /v2``; set it to ``triton`` for clients that insist.
@@ -81,6 +83,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     shadow_s: float = 60.0
     shadow_max_disagreement: float = 1.0
     console: bool = True
+    otlp_endpoint: str = ""
+    trace_share: float = 0.01
     log_format: str = "plain"
     log_level: str = "INFO"
     server_name: str = "slipstream"
@@ -100,7 +104,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         _require(self.cache_bytes >= 0, "cache_bytes", self.cache_bytes, "0 or more")
         _require(self.keep_versions > 0, "keep_versions", self.keep_versions, "1 or more")
         _require(self.model_control in ("local", "on", "off"), "model_control", self.model_control, "local, on or off")
-        for name in ("shadow_share", "shadow_max_disagreement"):
+        for name in ("shadow_share", "shadow_max_disagreement", "trace_share"):
             _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "0 to 1")
         for name in (
             "max_queue_delay_s",

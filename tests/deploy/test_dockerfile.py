@@ -73,7 +73,9 @@ def test_image_installs_nothing_and_copies_only_the_environment(image: str) -> N
     ]
 
 
-@pytest.mark.parametrize(("image", "extras"), [("cpu", "cpu"), ("gpu", "gpu,optimize"), ("optimizer", "cpu,optimize")])
+@pytest.mark.parametrize(
+    ("image", "extras"), [("cpu", "cpu,otel"), ("gpu", "gpu,optimize,otel"), ("optimizer", "cpu,optimize")]
+)
 def test_environment_is_pinned_and_holds_no_installer(image: str, extras: str) -> None:
     commands = [rest for keyword, rest in stages()[f"build-{image}"][1] if keyword == "RUN"]
     assert commands[0].endswith(f"pip install --constraint constraints.txt '.[{extras}]'")

@@ -2,7 +2,7 @@
 
 Usage: python -m deploy.console_screenshots [--repository models] [--destination docs/images]
 
-``make run`` makes the models. Chromium is found or installed as ``deploy.chromium`` says.
+``make run`` makes the models. Chromium is found or installed as ``deploy.debian`` says.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from deploy.chromium import chromium
+from deploy.debian import CHROMIUM, command
 
 ROOT = Path(__file__).resolve().parent.parent
 LOAD_S = 60
@@ -99,7 +99,7 @@ def main() -> None:
         for sender in senders:
             sender.start()
         try:
-            browser = playwright.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
+            browser = playwright.chromium.launch(executable_path=command(CHROMIUM, "chromium"), args=["--no-sandbox"])
             take(browser, url, options.model, options.destination)
             browser.close()
         finally:

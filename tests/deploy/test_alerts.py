@@ -1,6 +1,5 @@
 """When each alert fires and when it does not, computed by Prometheus' own tool."""
 
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -8,10 +7,8 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.deploy.chart import ROOT, Helm, find
-
-PROMTOOL = shutil.which("promtool") or shutil.which("promtool", path=ROOT / ".cache" / "bin")
-needs_promtool = pytest.mark.skipif(PROMTOOL is None, reason="no promtool; on Debian: apt-get install prometheus")
+from deploy.debian import CommandUnavailable, command
+from tests.deploy.chart import Helm, find
 
 OURS = 'namespace="serving",service="rel-slipstream",pod="p",model="m",version="1"'
 LANE = f'{OURS},variant="v"'
@@ -122,12 +119,16 @@ def fired(helm: Helm, folder: Path, name: str, series: Series) -> str:
     }
     (folder / "rules.yaml").write_text(yaml.safe_dump(groups))
     (folder / "test.yaml").write_text(yaml.safe_dump(test))
-    command = [str(PROMTOOL), "test", "rules", "test.yaml"]
-    outcome = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    try:
+        promtool = command(["promtool"], "prometheus")
+    except CommandUnavailable as exc:
+        pytest.skip(str(exc))
+    outcome = subprocess.run(
+        [promtool, "test", "rules", "test.yaml"], cwd=folder, capture_output=True, text=True, check=False
+    )
     return "" if outcome.returncode == 0 else outcome.stdout + outcome.stderr
 
 
-@needs_promtool
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_alert_fires_when_it_should_and_only_then(helm: Helm, tmp_path: Path, name: str) -> None:
     firing, quiet = SCENARIOS[name]
@@ -140,7 +141,6 @@ def test_alert_fires_when_it_should_and_only_then(helm: Helm, tmp_path: Path, na
     assert fired(helm, tmp_path, name, quiet) == ""
 
 
-@needs_promtool
 def test_alerts_of_another_release_stay_quiet(helm: Helm, tmp_path: Path) -> None:
     series = f'slipstream_lane_up{{{LANE},device="cpu"}}'.replace('service="rel-slipstream"', 'service="other"')
     assert fired(helm, tmp_path, "SlipstreamLaneDown", {series: VALUE.format(0)}) == ""

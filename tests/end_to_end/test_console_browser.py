@@ -8,7 +8,7 @@ import httpx
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from deploy.chromium import ChromiumUnavailable, chromium
+from deploy.debian import CHROMIUM, CommandUnavailable, command
 from tests import models
 from tests.artifacts import write_artifact, write_plain
 from tests.end_to_end.conftest import latency
@@ -44,8 +44,8 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     try:
-        path = chromium()
-    except ChromiumUnavailable as exc:
+        path = command(CHROMIUM, "chromium")
+    except CommandUnavailable as exc:
         pytest.skip(str(exc))
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])

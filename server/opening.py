@@ -110,11 +110,12 @@ class Opener:
 
 def _find_devices(settings: Settings) -> Devices:
     """Find the devices, TensorRT's also where it is not onnxruntime that runs it."""
-    found = find_devices(settings.gpu, settings.gpu_memory_bytes)
+    cache = str(settings.engine_cache.absolute())
+    found = find_devices(settings.gpu, settings.gpu_memory_bytes, cache)
     there, unused = set(found.usable), dict(found.unused)
     added = []
     for gpu in (device for device in found.usable if device.kind == "cuda"):
-        device = Device("tensorrt", gpu.index, gpu.memory_bytes)
+        device = Device("tensorrt", gpu.index, gpu.memory_bytes, gpu.cache)
         if device in there:
             continue
         if (obstacle := obstacle_of(device)) is None:

@@ -7,6 +7,7 @@ onnxruntime.
 """
 
 import contextlib
+import hashlib
 import io
 import logging
 import os
@@ -19,7 +20,7 @@ from typing import Any, Literal
 import msgspec
 import numpy as np
 
-from server.artifact import SessionOptions
+from server.artifact import SessionOptions, digest_of
 from server.errors import ArtifactError, EnvironmentConflict, ProviderUnavailable, StartupError, UnsupportedModel
 from server.libraries import Obstacle, count_gpus, missing_cuda, missing_tensorrt
 
@@ -111,11 +112,13 @@ class Device(msgspec.Struct, frozen=True):
         kind: ``tensorrt`` is the GPU through TensorRT, ``cuda`` the GPU without it.
         index: Number of the GPU; 0 for the CPU.
         memory_bytes: Most memory that a session's arena may take on the GPU; 0 sets no limit.
+        cache: Folder for engines that onnxruntime's TensorRT provider builds; empty keeps none.
     """
 
     kind: Kind
     index: int = 0
     memory_bytes: int = 0
+    cache: str = ""
 
     @property
     def name(self) -> str:
@@ -196,7 +199,7 @@ class Devices(msgspec.Struct, frozen=True):
     unused: dict[str, Obstacle] = {}
 
 
-def find_devices(gpu: str, memory_bytes: int = 0) -> Devices:
+def find_devices(gpu: str, memory_bytes: int = 0, cache: str = "") -> Devices:
     """Find out on which devices a session really runs.
 
     Blocks while it tries a tiny model on each GPU.
@@ -204,6 +207,7 @@ def find_devices(gpu: str, memory_bytes: int = 0) -> Devices:
     Args:
         gpu: ``off``, ``prefer`` or ``require``, see ``Settings.gpu``.
         memory_bytes: Of each session on a GPU, see ``Device``.
+        cache: Of engines, see ``Device``.
 
     Raises:
         ProviderUnavailable: If ``gpu`` is ``require`` and no GPU works; the message holds every reason.
@@ -216,7 +220,7 @@ def find_devices(gpu: str, memory_bytes: int = 0) -> Devices:
     kinds: tuple[Kind, ...] = ("tensorrt", "cuda")
     for kind in kinds:
         for index in range(0 if obstacle is not None else count):
-            device = Device(kind, index, memory_bytes)
+            device = Device(kind, index, memory_bytes, cache)
             if (failure := _try_device(device)) is not None:
                 unused[device.name] = failure
             else:
@@ -254,7 +258,7 @@ def open_ort_session(model: Path | bytes, device: Device, options: SessionOption
         ProviderUnavailable: If the device's provider is not built in, cannot be created, is not the active one, or
             takes no node of the model.
     """
-    providers = _providers(device, options)
+    providers = _providers(device, options, _engines_of(model, device))
     wanted = providers[0][0]
     if wanted not in onnxruntime.get_available_providers():
         raise ProviderUnavailable(f"this onnxruntime is built without {wanted}; {device.name} needs the gpu extra")
@@ -317,7 +321,25 @@ def _create(
         raise UnsupportedModel(f"onnxruntime cannot open {source} on {device.name}: {_first_line(exc)}") from exc
 
 
-def _providers(device: Device, options: SessionOptions) -> list[tuple[str, dict[str, str]]]:
+def _engines_of(model: Path | bytes, device: Device) -> dict[str, str]:
+    """Return where TensorRT's provider keeps its engines of a model.
+
+    It names them by the graph; models of equal graphs and other weights must not share one.
+    """
+    if device.kind != "tensorrt" or not device.cache or isinstance(model, bytes):
+        return {}
+    folder = Path(device.cache) / "onnxruntime"
+    weights = sorted(file for file in model.parent.iterdir() if file.is_file())
+    digest = hashlib.sha256("".join(digest_of(file) for file in weights).encode()).hexdigest()
+    return {
+        "trt_engine_cache_enable": "1",
+        "trt_engine_cache_path": str(folder / digest[:32]),
+        "trt_timing_cache_enable": "1",
+        "trt_timing_cache_path": str(folder),
+    }
+
+
+def _providers(device: Device, options: SessionOptions, engines: dict[str, str]) -> list[tuple[str, dict[str, str]]]:
     cpu: tuple[str, dict[str, str]] = (_EXECUTION_PROVIDER["cpu"], {})
     own = options.provider_options
     if unknown := sorted(own.keys() - PROVIDER_OPTIONS[device.kind]):
@@ -332,7 +354,7 @@ def _providers(device: Device, options: SessionOptions) -> list[tuple[str, dict[
         if options.config.get(GRAPH_ROWS):
             cuda["enable_cuda_graph"] = "1"
         return [(_EXECUTION_PROVIDER["cuda"], {**cuda, **own}), cpu]
-    tensorrt = {"device_id": str(device.index), **own}
+    tensorrt = {"device_id": str(device.index), **engines, **own}
     return [(_EXECUTION_PROVIDER["tensorrt"], tensorrt), (_EXECUTION_PROVIDER["cuda"], cuda), cpu]
 
 

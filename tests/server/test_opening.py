@@ -134,7 +134,7 @@ async def test_threads_of_a_measured_split_have_normal_priority(folder: Path, ma
 @pytest.mark.parametrize(("gpu", "told"), [("prefer", 1.0), ("off", None)])
 async def test_metric_says_that_the_cpu_serves_though_a_gpu_is_preferred(monkeypatch: pytest.MonkeyPatch, gpu, told):
     absent = Devices((CPU,), {"gpu": Obstacle("no_driver", "no NVIDIA driver")})
-    monkeypatch.setattr(opening, "find_devices", lambda gpu, memory_bytes: absent if gpu != "off" else Devices((CPU,)))
+    monkeypatch.setattr(opening, "find_devices", lambda gpu, *_: absent if gpu != "off" else Devices((CPU,)))
     metrics = Metrics()
     opener = Opener(Settings(gpu=gpu), metrics)
     await opener.find_devices()

@@ -289,6 +289,27 @@ def test_limit_of_memory_and_a_variants_own_options_reach_the_provider(gpu_build
     assert opened.providers[0][1] == {"device_id": "0", "trt_builder_optimization_level": "5"}
 
 
+def test_engines_of_the_provider_are_kept_by_everything_that_the_model_holds(
+    gpu_build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(onnxruntime, "InferenceSession", RecordingSession)
+    device = Device("tensorrt", cache=str(tmp_path / "kept"))
+
+    def place_of(folder: str, graph: str, weights: str) -> str:
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "model.onnx").write_text(graph)
+        (tmp_path / folder / "model.data").write_text(weights)
+        options = open_ort_session(tmp_path / folder / "model.onnx", device, SessionOptions()).providers[0][1]
+        assert options["trt_engine_cache_enable"] == "1"
+        assert options["trt_timing_cache_path"] == str(tmp_path / "kept" / "onnxruntime")
+        return options["trt_engine_cache_path"]
+
+    first = place_of("a", "graph", "weights")
+    assert place_of("b", "graph", "weights") == first
+    assert place_of("c", "graph", "other weights") != first, "an equal graph with other weights"
+    assert place_of("d", "other graph", "weights") != first
+
+
 def test_sizes_for_graphs_turn_graphs_on(gpu_build, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(onnxruntime, "InferenceSession", RecordingSession)
     opened = open_ort_session(b"", Device("cuda"), SessionOptions(config={providers.GRAPH_ROWS: "1,8"}))

@@ -26,6 +26,8 @@ _COMMANDS = {
     "inspect": ("optimizers.cli", "Show what is in an artifact: variants, evidence, verdicts."),
     "verify": ("optimizers.cli", "Prove an artifact again on this host."),
     "build-engine": ("optimizers.engine_cli", "Build a TensorRT engine of an ONNX model."),
+    "doctor": ("server.doctor", "Look at this machine as the server would, and say what to mend."),
+    "completion": ("server.completion", "Print a script that completes commands in a shell."),
 }
 _CACHE = Path(".slipstream") / "models"
 

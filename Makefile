@@ -12,7 +12,7 @@ help:
 	@echo 'make lint      ruff, mypy --strict and the layers'
 	@echo 'make bench     raw onnxruntime, this server and a plain FastAPI handler in one interleaved run (options: BENCH=)'
 	@echo 'make gpu-check check and measure the GPU of this machine (options: GPU=; without one: GPU=--rehearse)'
-	@echo 'make loadtest  Locust against a server that it starts; results in loadtests/results'
+	@echo 'make loadtest  Locust against a server that it starts; results in loadtests/results (options: LOADTEST=)'
 	@echo 'make clean     remove .venv, caches, models and results'
 
 run: run-venv

@@ -26,6 +26,7 @@ _COMMANDS = {
     "inspect": ("optimizers.cli", "Show what is in an artifact: variants, evidence, verdicts."),
     "verify": ("optimizers.cli", "Prove an artifact again on this host."),
     "build-engine": ("optimizers.engine_cli", "Build a TensorRT engine of an ONNX model."),
+    "bench": ("loadtests.bench", "Measure a server: throughput and latency of one model."),
     "doctor": ("server.doctor", "Look at this machine as the server would, and say what to mend."),
     "completion": ("server.completion", "Print a script that completes commands in a shell."),
 }

@@ -7,16 +7,15 @@ import asyncio
 import sys
 import time
 from collections import Counter
-from typing import cast
 
 import msgspec
 import uvloop
 
 from benchmarks.cpu import tree_cpu_s
+from loadtests.connection import Answer, Connection, header_of
 
 # Beyond this many different answers the rest is counted only.
 _MOST_ANSWERS = 4096
-_END_OF_HEAD = b"\r\n\r\n"
 
 
 class Load(msgspec.Struct, frozen=True):
@@ -99,16 +98,16 @@ class Tally:
         self._next += 1
         return index, self._requests[index]
 
-    def count(self, index: int, head: bytes, body: bytes, latency_s: float) -> None:
+    def count(self, index: int, answer: Answer, latency_s: float) -> None:
         """Take one answer."""
         self.latencies_ms.append(latency_s * 1e3)
-        self.variants[header_of(head, b"slipstream-variant")] += 1
-        key = (index, int(head[9:12]), body)
+        self.variants[header_of(answer.head, b"slipstream-variant")] += 1
+        key = (index, answer.status, answer.body)
         if key not in self._json_lengths:
             if len(self._json_lengths) >= _MOST_ANSWERS:
                 self.unchecked += 1
                 return
-            self._json_lengths[key] = header_of(head, b"inference-header-content-length")
+            self._json_lengths[key] = header_of(answer.head, b"inference-header-content-length")
         self._answers[key] += 1
 
     def seen(self) -> list[SeenAnswer]:
@@ -120,78 +119,42 @@ class Tally:
         ]
 
 
-class Connection(asyncio.Protocol):
+class Client:
     """One connection with one request in flight at a time."""
 
     def __init__(self) -> None:
-        self._buffer = bytearray()
-        self._head_bytes = self._total_bytes = 0
+        self.connection = Connection(self._answered, self._lost)
         self._index, self._sent_s = 0, 0.0
-        self._transport: asyncio.WriteTransport | None = None
         self._tally: Tally | None = None
-        self.idle: asyncio.Future[None] | None = None
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Keep the transport."""
-        # Not checked: uvloop's transports do not derive from asyncio's.
-        self._transport = cast(asyncio.WriteTransport, transport)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """Fail the phase: a server that closes connections is not measured."""
-        if self.idle is not None and not self.idle.done():
-            self.idle.set_exception(ConnectionError(f"the server closed a connection: {exc}"))
+        self._idle: asyncio.Future[None] | None = None
 
     def start(self, tally: Tally) -> "asyncio.Future[None]":
-        """Send requests until the tally has no more; the future is done with the last answer."""
-        self._tally = tally
-        self.idle = asyncio.get_running_loop().create_future()
-        self._send_next(tally)
-        return self.idle
+        """Send requests until the tally has no more; the future is done with the last answer.
 
-    def data_received(self, data: bytes) -> None:
-        """Collect one answer; then send the next request."""
-        buffer = self._buffer
-        buffer += data
-        if not self._total_bytes:
-            end = buffer.find(_END_OF_HEAD)
-            if end < 0:
-                return
-            self._head_bytes = end + len(_END_OF_HEAD)
-            self._total_bytes = self._head_bytes + int(header_of(bytes(buffer[:end]), b"content-length") or b"0")
-        if len(buffer) < self._total_bytes or self._tally is None:
-            return
-        head, body = bytes(buffer[: self._head_bytes]), bytes(buffer[self._head_bytes : self._total_bytes])
-        del buffer[: self._total_bytes]
-        self._total_bytes = 0
-        self._tally.count(self._index, head, body, time.perf_counter() - self._sent_s)
-        self._send_next(self._tally)
+        It fails with ``ConnectionError`` if the server closes the connection: such a server is not measured.
+        """
+        self._tally = tally
+        self._idle = asyncio.get_running_loop().create_future()
+        self._send_next(tally)
+        return self._idle
+
+    def _answered(self, _connection: Connection, answer: Answer) -> None:
+        if self._tally is not None:
+            self._tally.count(self._index, answer, time.perf_counter() - self._sent_s)
+            self._send_next(self._tally)
+
+    def _lost(self, _connection: Connection, _waiting: bool) -> None:
+        if self._idle is not None and not self._idle.done():
+            self._idle.set_exception(ConnectionError("the server closed a connection"))
 
     def _send_next(self, tally: Tally) -> None:
         self._sent_s = time.perf_counter()
         taken = tally.take(self._sent_s)
-        if taken is None or self._transport is None:
-            if self.idle is not None and not self.idle.done():
-                self.idle.set_result(None)
-            return
-        self._index, request = taken
-        self._transport.write(request)
-
-
-def header_of(head: bytes, name: bytes) -> bytes:
-    """Return the value of a header, empty when it is missing.
-
-    Args:
-        head: Status line and headers.
-        name: In lower case.
-    """
-    start = head.find(b"\r\n" + name + b":")
-    if start < 0:
-        start = head.lower().find(b"\r\n" + name + b":")
-        if start < 0:
-            return b""
-    start += len(name) + 3
-    end = head.find(b"\r\n", start)
-    return head[start : end if end >= 0 else len(head)].strip()
+        if taken is not None:
+            self._index, request = taken
+            self.connection.send(request)
+        elif self._idle is not None and not self._idle.done():
+            self._idle.set_result(None)
 
 
 async def generate(load: Load) -> Outcome:
@@ -200,13 +163,14 @@ async def generate(load: Load) -> Outcome:
     Raises:
         ConnectionError: If the server closes a connection.
     """
-    loop = asyncio.get_running_loop()
-    connections = [(await loop.create_connection(Connection, load.host, load.port))[1] for _ in range(load.connections)]
+    clients = [Client() for _ in range(load.connections)]
+    for client in clients:
+        await client.connection.open(load.host, load.port)
     if load.warm_up_s:
-        await _phase(connections, Tally(load.requests, time.perf_counter() + load.warm_up_s))
+        await _phase(clients, Tally(load.requests, time.perf_counter() + load.warm_up_s))
     server_cpu_s, client_cpu_s, started_s = tree_cpu_s(load.server_pid), time.process_time(), time.perf_counter()
     tally = Tally(load.requests, started_s + load.seconds)
-    await _phase(connections, tally)
+    await _phase(clients, tally)
     return Outcome(
         seconds=time.perf_counter() - started_s,
         client_cpu_s=time.process_time() - client_cpu_s,
@@ -218,8 +182,8 @@ async def generate(load: Load) -> Outcome:
     )
 
 
-async def _phase(connections: list[Connection], tally: Tally) -> None:
-    await asyncio.gather(*(connection.start(tally) for connection in connections))
+async def _phase(clients: list[Client], tally: Tally) -> None:
+    await asyncio.gather(*(client.start(tally) for client in clients))
 
 
 def main() -> None:

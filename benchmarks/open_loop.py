@@ -9,15 +9,13 @@ import random
 import sys
 import time
 from collections import Counter, deque
-from typing import cast
 
 import msgspec
 import uvloop
 
 from benchmarks.cpu import tree_cpu_s
-from benchmarks.generator import header_of
+from loadtests.connection import Answer, Connection
 
-_END_OF_HEAD = b"\r\n\r\n"
 _LEAST_CONNECTIONS, _MOST_CONNECTIONS = 64, 4096
 
 
@@ -82,7 +80,8 @@ class _Arrivals:
     def __init__(self, load: OpenLoad) -> None:
         self.load, self.random = load, random.Random(load.seed)
         self.due: deque[float] = deque()
-        self.idle: list[_Connection] = []
+        self.idle: list[Connection] = []
+        self._due_s: dict[Connection, float] = {}
         self.sent = self.open = 0
         self.late_s = 0.0
         self.answered: Counter[str] = Counter()
@@ -104,7 +103,7 @@ class _Arrivals:
                 self.open += 1
                 if self.idle:
                     self.late_s = max(self.late_s, time.perf_counter() - at_s)
-                    self.idle.pop().send(self._next(), at_s)
+                    self._send(self.idle.pop(), at_s)
                 else:
                     self.due.append(at_s)
         self._over = True
@@ -113,27 +112,17 @@ class _Arrivals:
             if self.open:
                 self.answered["unanswered"] += self.open
 
-    def lost(self, connection: "_Connection") -> None:
-        """Take note of a closed connection, and open another one in its place."""
-        if connection in self.idle:
-            self.idle.remove(connection)
-        else:
-            self.finish("closed")
-        self._opening.add(task := asyncio.create_task(self.connect()))
-        task.add_done_callback(self._opening.discard)
-
     async def connect(self) -> None:
         """Open one connection, and use it."""
+        connection = Connection(self._answered, self._lost)
         with contextlib.suppress(OSError):  # fewer connections are left; the requests wait for those
-            made = await asyncio.get_running_loop().create_connection(
-                lambda: _Connection(self), self.load.host, self.load.port
-            )
-            self.use(made[1])
+            await connection.open(self.load.host, self.load.port)
+            self.use(connection)
 
-    def use(self, connection: "_Connection") -> None:
+    def use(self, connection: Connection) -> None:
         """Give a free connection the next request that is due."""
         if self.due:
-            connection.send(self._next(), self.due.popleft())
+            self._send(connection, self.due.popleft())
         else:
             self.idle.append(connection)
 
@@ -144,54 +133,36 @@ class _Arrivals:
         if self._over and not self.open and not self.finished.done():
             self.finished.set_result(None)
 
-    def done(self, connection: "_Connection", outcome: str, latency_s: float) -> None:
+    def _answered(self, connection: Connection, answer: Answer) -> None:
         """Take an answer, and give its connection the next request that is due."""
+        outcome = "ok" if answer.status == 200 else _code_of(answer)
         if outcome == "ok":
-            self.ok_ms.append(latency_s * 1e3)
+            self.ok_ms.append((time.perf_counter() - self._due_s[connection]) * 1e3)
         self.finish(outcome)
         self.use(connection)
+
+    def _lost(self, connection: Connection, waiting: bool) -> None:
+        """Take note of a closed connection, and open another one in its place."""
+        if waiting:
+            self.finish("closed")
+        elif connection in self.idle:
+            self.idle.remove(connection)
+        self._opening.add(task := asyncio.create_task(self.connect()))
+        task.add_done_callback(self._opening.discard)
+
+    def _send(self, connection: Connection, due_s: float) -> None:
+        self._due_s[connection] = due_s
+        connection.send(self._next())
 
     def _next(self) -> bytes:
         return self.load.requests[(self.sent + len(self.ok_ms)) % len(self.load.requests)]
 
 
-class _Connection(asyncio.Protocol):
-    def __init__(self, arrivals: _Arrivals) -> None:
-        self._arrivals = arrivals
-        self._buffer = bytearray()
-        self._transport: asyncio.WriteTransport | None = None
-        self._due_s = 0.0
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.WriteTransport, transport)  # uvloop's do not derive from asyncio's
-
-    def send(self, request: bytes, due_s: float) -> None:
-        self._due_s = due_s
-        if self._transport is not None:
-            self._transport.write(request)
-
-    def data_received(self, data: bytes) -> None:
-        self._buffer += data
-        end = self._buffer.find(_END_OF_HEAD)
-        if end < 0:
-            return
-        head = bytes(self._buffer[:end])
-        total = end + len(_END_OF_HEAD) + int(header_of(head, b"content-length") or b"0")
-        if len(self._buffer) < total:
-            return
-        outcome = "ok" if head[9:12] == b"200" else _code_of(bytes(self._buffer[end + 4 : total]), head)
-        del self._buffer[:total]
-        self._arrivals.done(self, outcome, time.perf_counter() - self._due_s)
-
-    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002  (the protocol's interface)
-        self._arrivals.lost(self)
-
-
-def _code_of(body: bytes, head: bytes) -> str:
+def _code_of(answer: Answer) -> str:
     try:
-        return str(msgspec.json.decode(body)["code"])
+        return str(msgspec.json.decode(answer.body)["code"])
     except (msgspec.DecodeError, KeyError, TypeError):
-        return head[9:12].decode("latin-1")
+        return str(answer.status)
 
 
 async def generate(load: OpenLoad) -> OpenOutcome:

@@ -29,8 +29,8 @@ import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
 from benchmarks.cpu import cpu_model
-from benchmarks.generator import header_of
 from benchmarks.servers import HOST, RunningServer, slipstream
+from loadtests.connection import header_of
 from server.providers import usable_cores
 
 CONNECTIONS = 16

@@ -72,13 +72,16 @@ class _Encoder:
         self.inputs.append(tensor)
 
 
-def build_payload(metadata: Mapping[str, Any], filling: Filling, *, binary: bool) -> Payload:
+def build_payload(
+    metadata: Mapping[str, Any], filling: Filling, *, binary: bool, parameters: Mapping[str, Any] | None = None
+) -> Payload:
     """Make a body that fits a model.
 
     Args:
         metadata: The model's metadata as ``GET /v2/models/<name>`` gives it.
         filling: Sizes and values.
         binary: Whether inputs and outputs travel as binary data; as JSON otherwise.
+        parameters: Of the request, such as ``priority``, and ``timeout`` in microseconds.
 
     Raises:
         PayloadError: If an input has a datatype that this generator or this form does not know, or a fixed first axis
@@ -90,7 +93,9 @@ def build_payload(metadata: Mapping[str, Any], filling: Filling, *, binary: bool
         if spec["datatype"] == "FP16" and not binary:
             raise PayloadError(f"input '{spec['name']}' is FP16, which JSON cannot carry; use --wire binary")
         encoder.add(spec["name"], spec["datatype"], _random_array(spec, filling, rng))
-    head = json.dumps({"inputs": encoder.inputs, "parameters": {"binary_data_output": binary}}).encode()
+    head = json.dumps(
+        {"inputs": encoder.inputs, "parameters": {"binary_data_output": binary, **(parameters or {})}}
+    ).encode()
     if not binary:
         return Payload(head, {"Content-Type": "application/json"})
     headers = {"Content-Type": "application/octet-stream", LENGTH_HEADER: str(len(head))}

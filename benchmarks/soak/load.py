@@ -19,8 +19,8 @@ import msgspec
 import numpy as np
 import uvloop
 
-from benchmarks.generator import header_of
 from benchmarks.soak.mix import Item
+from loadtests.connection import header_of
 
 NAMES = 100_000
 OPTION_SHARES = {"client": 0.3, "priority": 0.1, "timeout": 0.05, "variant": 0.03}

@@ -27,6 +27,7 @@ _COMMANDS = {
     "verify": ("optimizers.cli", "Prove an artifact again on this host."),
     "build-engine": ("optimizers.engine_cli", "Build a TensorRT engine of an ONNX model."),
     "bench": ("loadtests.bench", "Measure a server: throughput and latency of one model."),
+    "plan": ("server.planning", "Say how many replicas a load needs, from an artifact's latency tables."),
     "doctor": ("server.doctor", "Look at this machine as the server would, and say what to mend."),
     "completion": ("server.completion", "Print a script that completes commands in a shell."),
 }

@@ -28,7 +28,7 @@ from server.http import (
     not_found,
 )
 from server.infer import InferBranch, infer_target
-from server.metrics import CONTENT_TYPE, Metrics
+from server.metrics import Metrics
 from server.openapi import infer_paths
 from server.pages import Console, wants_page
 from server.repository import Repository
@@ -189,8 +189,9 @@ class Application(FastAPI):
     async def _version_ready(self, name: str, version: str) -> Response:
         return self._readiness_of(name, version)
 
-    async def _metrics(self) -> Response:
-        return Response(self.metrics.text(), media_type=CONTENT_TYPE)
+    async def _metrics(self, request: Request) -> Response:
+        text, media_type = self.metrics.render(request.headers.get("accept", ""))
+        return Response(text, media_type=media_type)
 
     def _metadata_of(self, name: str, version: str) -> Response:
         model = self.repository.get(name, version)

@@ -163,7 +163,7 @@ class ResponseCache:
             del self._flights[key]
 
     def _keep(self, key: _Key, response: InferResponse) -> None:
-        kept = msgspec.structs.replace(response, id="", batch_rows=0, queue_s=0.0, compute_s=0.0)
+        kept = msgspec.structs.replace(response, id="", batch_rows=0, queue_s=0.0, compute_s=0.0, assemble_s=0.0)
         size = _size(key, kept)
         if size > self._max_bytes:
             return

@@ -164,10 +164,10 @@ class Connection:
         if kind == channel.INFER:
             self._infer(number, target, self._codecs.infer.decode(message, head_bytes))
         elif kind == channel.FINISHED:
-            for name, version, code, seconds in self._codecs.finished.decode(message, head_bytes).requests:
+            for name, version, code, trace_id, seconds in self._codecs.finished.decode(message, head_bytes).requests:
                 counter = self._engine.counter_of(name, version)
                 for each in seconds:
-                    counter.request_finished(code, each)
+                    counter.request_finished(code, each, trace_id)
         elif kind == channel.CANCEL:
             if (future := self.under_way.get(number)) is not None:
                 future.cancel()

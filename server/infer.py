@@ -168,10 +168,11 @@ class InferBranch(Generic[_Model]):
             code = _code_of(exc)
             return answer_of(exc, expects_continue=call.expects_continue)
         finally:
-            if model is not None:
-                self._counter(model).request_finished(code, time.perf_counter() - arrived_s)
+            taken_s = time.perf_counter() - arrived_s
             if trace is not None and code != "ok":
                 trace.end(call.name, call.version, code)
+            if model is not None:
+                self._counter(model).request_finished(code, taken_s, trace.id if trace is not None else "")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send, name: str, version: str) -> None:
         """Answer one ASGI request, for whoever mounts the application in another server.
@@ -280,9 +281,11 @@ class _Turn:
         self._answered(answer)
 
     def _count(self, code: str, response: InferResponse | None = None) -> None:
-        self._counter.request_finished(code, time.perf_counter() - self._arrived_s)
+        taken_s, trace_id = time.perf_counter() - self._arrived_s, ""
         if self._trace is not None:
             self._trace.end(self._model.name, self._model.version, code, response)
+            trace_id = self._trace.id
+        self._counter.request_finished(code, taken_s, trace_id)
 
 
 class Application(Protocol):

@@ -57,4 +57,5 @@ def _joined(parts: Sequence[Completion]) -> Completion:
         max(part.batch_rows for part in parts),
         max(part.queue_s for part in parts),
         max(part.compute_s for part in parts),
+        max(part.assemble_s for part in parts),
     )

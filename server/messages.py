@@ -149,9 +149,9 @@ class Inferred(msgspec.Struct, frozen=True):
 
 
 class Finished(msgspec.Struct, frozen=True):
-    """Requests that a front end has answered: (model, version, code, seconds since arrival of each)."""
+    """Requests that a front end has answered: (model, version, code, trace or "", seconds since arrival of each)."""
 
-    requests: list[tuple[str, str, str, list[float]]]
+    requests: list[tuple[str, str, str, str, list[float]]]
 
 
 class Failure(msgspec.Struct, frozen=True):

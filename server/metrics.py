@@ -6,11 +6,10 @@ missing GPU, ``result`` of swaps, of engine builds, of shadowed requests and of 
 """
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
-from prometheus_client.exposition import generate_latest
+from prometheus_client.exposition import choose_encoder
 
 from server.tallies import Tallies, Tally
 
-CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 # 100 us to 26 s, each bucket twice the one before.
 SECONDS = tuple(1e-4 * 2**power for power in range(19))
 RATIOS = (0.25, 0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 4.0)
@@ -96,9 +95,17 @@ class Metrics:
         """Return the metrics of one model version."""
         return ModelMetrics(self, name, version)
 
-    def text(self) -> bytes:
-        """Render all metrics in Prometheus' text format."""
-        return generate_latest(self.registry)
+    def render(self, accept: str = "") -> tuple[bytes, str]:
+        """Render all metrics.
+
+        Args:
+            accept: The header of whoever asks. OpenMetrics has exemplars: traces of requests in each bucket.
+
+        Returns:
+            The text, and its media type.
+        """
+        encode, media_type = choose_encoder(accept)
+        return encode(self.registry), media_type
 
 
 class ModelMetrics:
@@ -124,13 +131,15 @@ class ModelMetrics:
         self._results: dict[str, Counter] = {}
         self._lanes: dict[tuple[str, str], tuple[Tally, Tally, Tally]] = {}
 
-    def request_finished(self, code: str, seconds: float) -> None:
-        """Count one answer: ``ok`` or an error's code, and its time since arrival."""
+    def request_finished(self, code: str, seconds: float, trace_id: str = "") -> None:
+        """Count one answer: ``ok`` or an error's code, its time since arrival, and its trace if it has one."""
         result = self._results.get(code)
         if result is None:
             result = self._results[code] = self._metrics.requests.labels(*self._labels, code)
         result.inc()
         self._request_seconds.observe(seconds)
+        if trace_id:
+            self._request_seconds.exemplify(seconds, trace_id)
 
     def dispatched(self, queue_s: float) -> None:
         """Record how long one request waited."""

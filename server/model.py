@@ -213,6 +213,7 @@ class Model:
             outcome.batch_rows,
             outcome.queue_s,
             outcome.compute_s,
+            outcome.assemble_s,
         )
         if self.tap is not None and not request.variant:
             asyncio.get_running_loop().call_soon(self.tap, request, response)

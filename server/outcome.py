@@ -19,7 +19,7 @@ class Completion(msgspec.Struct, frozen=True):
         device: Where.
         batch_rows: Rows of the batch.
         queue_s: Seconds from admission to dispatch.
-        compute_s: Seconds of the batch's run with assembly and split.
+        compute_s: Seconds of the batch's run with assembly and split; ``assemble_s`` of them were assembly.
     """
 
     outputs: Tensors
@@ -28,6 +28,7 @@ class Completion(msgspec.Struct, frozen=True):
     batch_rows: int
     queue_s: float
     compute_s: float
+    assemble_s: float
 
 
 Future = asyncio.Future[Completion]

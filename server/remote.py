@@ -148,9 +148,9 @@ class RemoteCounter:
     def __init__(self, engine: "RemoteEngine", name: str, version: str) -> None:
         self._engine, self._name, self._version = engine, name, version
 
-    def request_finished(self, code: str, seconds: float) -> None:
-        """Count one answer: ``ok`` or an error's code, and its time since arrival."""
-        self._engine.finished(self._name, self._version, code, seconds)
+    def request_finished(self, code: str, seconds: float, trace_id: str = "") -> None:
+        """Count one answer: ``ok`` or an error's code, its time since arrival, and its trace if it has one."""
+        self._engine.finished(self._name, self._version, code, seconds, trace_id)
 
 
 class _Call(asyncio.Future[Any]):
@@ -190,7 +190,7 @@ class RemoteEngine:
         self._calls: dict[int, asyncio.Future[Any]] = {}
         self._last_call = 0
         self._wanting_room: deque[asyncio.Future[None]] = deque()
-        self._finished: dict[tuple[str, str, str], list[float]] = {}
+        self._finished: dict[tuple[str, str, str, str], list[float]] = {}
         self._moved: dict[tuple[str, str], list[str]] = {}  # name and version -> versions that answered in its place
         self._loop = asyncio.get_running_loop()
         self._gone = asyncio.Event()
@@ -252,13 +252,13 @@ class RemoteEngine:
         """Learn that another version has answered a request to this one; the request is counted for the other."""
         self._moved.setdefault((name, version), []).append(by)
 
-    def finished(self, name: str, version: str, code: str, seconds: float) -> None:
+    def finished(self, name: str, version: str, code: str, seconds: float, trace_id: str = "") -> None:
         """Count an answered request; the engine hears of it ``FINISHED_DELAY_S`` later, if it is there."""
         if code == "ok" and (moved := self._moved.get((name, version))):
             version = moved.pop()
         if not self._finished:
             self._loop.call_later(FINISHED_DELAY_S, self.tell_finished)
-        self._finished.setdefault((name, version, code), []).append(seconds)
+        self._finished.setdefault((name, version, code, trace_id), []).append(seconds)
 
     def tell_finished(self) -> None:
         """Tell the engine now what has been answered so far."""

@@ -294,8 +294,8 @@ class Scheduler:
         for pending, outputs in zip(requests, run.outputs, strict=True):
             if not pending.future.done():
                 queue_s = run.started_s - pending.arrival_s
-                answer = Completion(outputs, spec.variant, spec.device, rows, queue_s, run.compute_s)
-                pending.future.set_result(answer)
+                times = (queue_s, run.compute_s, run.assemble_s)
+                pending.future.set_result(Completion(outputs, spec.variant, spec.device, rows, *times))
         # After all answers: nobody's answer may hang on a metric.
         for pending in requests:
             self._metrics.dispatched(run.started_s - pending.arrival_s)

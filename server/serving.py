@@ -70,8 +70,8 @@ class Cache(Protocol[ModelT_contra]):
 class RequestCounter(Protocol):
     """Counts the requests of one model version."""
 
-    def request_finished(self, code: str, seconds: float) -> None:
-        """Count one answer: ``ok`` or an error's code, and its time since arrival."""
+    def request_finished(self, code: str, seconds: float, trace_id: str = "") -> None:
+        """Count one answer: ``ok`` or an error's code, its time since arrival, and its trace if it has one."""
 
 
 class RequestCounters(Protocol):

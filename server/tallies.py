@@ -4,23 +4,26 @@ The client's walk over the buckets, with a lock for each, takes 3 us: a tenth of
 request.
 """
 
+import time
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.registry import Collector
+from prometheus_client.samples import Exemplar
 from prometheus_client.utils import floatToGoString
 
 
 class Tally:
     """The values seen under one set of labels. Belongs to one thread."""
 
-    __slots__ = ("_bounds", "_counts", "_total")
+    __slots__ = ("_bounds", "_counts", "_exemplars", "_total")
 
     def __init__(self, bounds: tuple[float, ...]) -> None:
         self._bounds = bounds
         self._counts = [0] * (len(bounds) + 1)
+        self._exemplars: dict[int, Exemplar] = {}
         self._total = 0.0
 
     def observe(self, value: float) -> None:
@@ -28,13 +31,19 @@ class Tally:
         self._counts[bisect_left(self._bounds, value)] += 1
         self._total += value
 
+    def exemplify(self, value: float, trace_id: str) -> None:
+        """Show the trace of a value that was counted beside its bucket, in place of the one before."""
+        self._exemplars[bisect_left(self._bounds, value)] = Exemplar({"trace_id": trace_id}, value, time.time())
+
     def add_to(self, family: HistogramMetricFamily, labels: Sequence[str]) -> None:
         """Show what was counted: buckets that each hold those before them, and the sum."""
-        buckets: list[tuple[str, float]] = []
+        buckets: list[tuple[str, float] | tuple[str, float, Exemplar]] = []
         seen = 0
-        for bound, count in zip((*self._bounds, float("inf")), self._counts, strict=True):
+        for place, (bound, count) in enumerate(zip((*self._bounds, float("inf")), self._counts, strict=True)):
             seen += count
-            buckets.append((floatToGoString(bound), seen))  # type: ignore[no-untyped-call]
+            name = floatToGoString(bound)  # type: ignore[no-untyped-call]
+            exemplar = self._exemplars.get(place)
+            buckets.append((name, seen) if exemplar is None else (name, seen, exemplar))
         family.add_metric(labels, buckets, self._total)
 
 

@@ -159,7 +159,7 @@ class InferResponse(msgspec.Struct, frozen=True):
         device: The device it ran on, e.g. ``cpu`` or ``cuda:0``.
         batch_rows: Rows of the batch that the request travelled in.
         queue_s: Seconds from admission until the batch was dispatched.
-        compute_s: Seconds of the batch's run, including assembly.
+        compute_s: Seconds of the batch's run, including assembly; ``assemble_s`` of them were that.
     """
 
     model: str
@@ -171,6 +171,7 @@ class InferResponse(msgspec.Struct, frozen=True):
     batch_rows: int
     queue_s: float
     compute_s: float
+    assemble_s: float = 0.0
 
 
 def spec_of_ort(name: str, ort_type: str, shape: list[Any]) -> TensorSpec:

@@ -5,7 +5,8 @@
     POST /v2/models/NAME/infer      from the first byte that was handled to the answer
     ├── decode                      body to arrays, admission
     ├── queue                       until its batch began
-    ├── compute                     batch assembled, run, split
+    ├── assemble                    arrays of its batch put together
+    ├── compute                     batch run, split
     └── encode                      answer to bytes
 
 Spans are made once the answer is there, of times that are taken anyway, so a request that is not traced pays one
@@ -82,14 +83,19 @@ class Tracer:
 
 
 class Trace:
-    """One request that is traced, from its arrival on."""
+    """One request that is traced, from its arrival on.
 
-    __slots__ = ("_parent", "_started_ns", "_started_s", "_tracer", "ran_s")
+    Attributes:
+        id: Of the trace in hexadecimal, once it has ended.
+        ran_s: When its run had ended.
+    """
+
+    __slots__ = ("_parent", "_started_ns", "_started_s", "_tracer", "id", "ran_s")
 
     def __init__(self, tracer: Tracer, parent: Any) -> None:
         self._tracer, self._parent = tracer, parent
         self._started_s, self._started_ns = time.perf_counter(), time.time_ns()
-        self.ran_s = 0.0  # when its run had ended
+        self.id, self.ran_s = "", 0.0
 
     def ran(self) -> None:
         """Note that the run has just ended."""
@@ -119,6 +125,7 @@ class Trace:
             attributes={**attributes, "slipstream.code": code},
             start_time=self._started_ns,
         )
+        self.id = f"{root.get_span_context().trace_id:032x}"
         if response is not None and self.ran_s:
             began_s = self.ran_s - response.compute_s
             waited_s = max(began_s - response.queue_s, self._started_s)
@@ -126,7 +133,8 @@ class Trace:
             for name, start_s, end_s in (
                 ("decode", self._started_s, waited_s),
                 ("queue", waited_s, began_s),
-                ("compute", began_s, self.ran_s),
+                ("assemble", began_s, began_s + response.assemble_s),
+                ("compute", began_s + response.assemble_s, self.ran_s),
                 ("encode", self.ran_s, ended_s),
             ):
                 otel.start_span(name, context=inside, start_time=self._at(start_s)).end(self._at(end_s))

@@ -35,18 +35,18 @@ class Run:
         worker: The lane.
         batch: The requests.
         started_s: When it was dispatched.
-        compute_s: Seconds that it took.
+        compute_s: Seconds that it took; ``assemble_s`` of them passed before it ran.
         outputs: Of each request, once it has run.
         error: What went wrong; ``None`` when nothing did.
         probe_passed: After an error, whether the lane still runs inputs that are known to work; ``None`` when no such
             inputs are known.
     """
 
-    __slots__ = ("batch", "compute_s", "error", "outputs", "probe_passed", "started_s", "worker")
+    __slots__ = ("assemble_s", "batch", "compute_s", "error", "outputs", "probe_passed", "started_s", "worker")
 
     def __init__(self, worker: "Worker", batch: Plan[Future], started_s: float) -> None:
         self.worker, self.batch, self.started_s = worker, batch, started_s
-        self.compute_s = 0.0
+        self.compute_s = self.assemble_s = 0.0
         self.outputs: list[Tensors] = []
         self.error: BaseException | None = None
         self.probe_passed: bool | None = None
@@ -123,7 +123,9 @@ class Worker:
         started_s = self._clock()
         requests = run.batch.requests
         try:
-            outputs = self.spec.runner.run(batching.assemble(requests, self._ragged))
+            inputs = batching.assemble(requests, self._ragged)
+            run.assemble_s = self._clock() - started_s
+            outputs = self.spec.runner.run(inputs)
             run.outputs = batching.split(outputs, requests, self._ragged) if self._batchable else [outputs]
             if self._works is None:
                 self._works = self._first_row(requests[0].request.inputs)

@@ -10,6 +10,7 @@ import httpx
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
+from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from tests.artifacts import write_artifact
 from tests.end_to_end.process import Server
@@ -95,7 +96,7 @@ def attributes_of(span: Span) -> dict[str, object]:
 def test_sampled_request_becomes_spans_under_its_callers_trace(collector: Collector, folder: Path, workers: str):
     with Server(folder, "--otlp-endpoint", collector.url, "--trace-share", "0", "--workers", workers) as server:
         assert asked(server) == 200
-        spans = collector.spans(5)
+        spans = collector.spans(6)
     root = spans.pop("POST /v2/models/{name}/infer")
     assert (root.trace_id.hex(), root.parent_span_id.hex()) == (TRACE, CALLER)
     assert root.kind == Span.SPAN_KIND_SERVER
@@ -108,8 +109,8 @@ def test_sampled_request_becomes_spans_under_its_callers_trace(collector: Collec
         "slipstream.batch_rows": 2,
         "slipstream.code": "ok",
     }
-    order = [spans[name] for name in ("decode", "queue", "compute", "encode")]
-    assert len(spans) == 4
+    order = [spans[name] for name in ("decode", "queue", "assemble", "compute", "encode")]
+    assert len(spans) == 5
     for span, after in zip(order, [*order[1:], None], strict=True):
         assert (span.trace_id, span.parent_span_id) == (root.trace_id, root.span_id)
         assert root.start_time_unix_nano <= span.start_time_unix_nano <= span.end_time_unix_nano
@@ -139,7 +140,7 @@ def test_share_counts_for_requests_without_a_trace_only(collector: Collector, fo
         assert asked(server, flags=None) == 200
         server.terminate()
         assert server.wait() == 0
-    spans = collector.spans(5)  # sent before the server had ended
+    spans = collector.spans(6)  # sent before the server had ended
     root = spans["POST /v2/models/{name}/infer"]
     assert root.parent_span_id == b""
     assert root.trace_id.hex() != TRACE
@@ -153,3 +154,20 @@ def test_collector_that_is_gone_harms_nobody(collector: Collector, folder: Path)
             assert asked(server) == 200
         server.terminate()
         assert server.wait() == 0
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_latency_buckets_name_a_trace_where_openmetrics_is_asked_for(collector: Collector, folder: Path, workers: str):
+    with Server(folder, "--otlp-endpoint", collector.url, "--trace-share", "0", "--workers", workers) as server:
+        assert asked(server) == 200
+        assert asked(server, flags=None) == 200
+        server.wait_for_metric(2, "slipstream_request_seconds_count", model="mlp")
+        accept = "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5"
+        answer = httpx.get(f"{server.url}/metrics", headers={"Accept": accept}, timeout=PATIENCE_S)
+        plain = httpx.get(f"{server.url}/metrics", timeout=PATIENCE_S)
+    assert answer.headers["content-type"].startswith("application/openmetrics-text; version=1.0.0")
+    families = {family.name: family for family in text_string_to_metric_families(answer.text)}
+    seen = [sample.exemplar for sample in families["slipstream_request_seconds"].samples if sample.exemplar]
+    assert [exemplar.labels for exemplar in seen] == [{"trace_id": TRACE}]
+    assert plain.headers["content-type"].startswith("text/plain; version=0.0.4")
+    assert TRACE not in plain.text

@@ -140,10 +140,10 @@ async def test_every_error_has_one_form(
 async def test_defect_in_a_route_is_an_internal_error_without_its_text(
     client: httpx.AsyncClient, app: Application, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken() -> bytes:
+    def broken(accept: str) -> bytes:
         raise KeyError("a secret")
 
-    monkeypatch.setattr(app.metrics, "text", broken)
+    monkeypatch.setattr(app.metrics, "render", broken)
     answer = await client.get("/metrics")
     assert answer.status_code == 500
     assert answer.json() == {"error": "internal error; see the server log", "code": "internal"}

@@ -245,7 +245,7 @@ async def test_unknown_model_is_not_counted_as_a_model(repository: FakeRepositor
         "error": "Request for unknown model: 'ghost' is not found",
         "code": "unknown_model",
     }
-    assert b"ghost" not in metrics.text()
+    assert b"ghost" not in metrics.render()[0]
 
 
 async def test_refusal_says_when_to_come_again(repository: FakeRepository, metrics: Metrics) -> None:

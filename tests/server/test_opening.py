@@ -156,8 +156,8 @@ async def test_gpus_in_use_are_read_at_each_scrape(monkeypatch: pytest.MonkeyPat
     metrics = Metrics()
     opener = Opener(Settings(), metrics)
     await opener.find_devices()
-    assert b"gpus 2.0" in metrics.text()
-    assert b"slipstream_gpu_fallback{" not in metrics.text()
+    assert b"gpus 2.0" in metrics.render()[0]
+    assert b"slipstream_gpu_fallback{" not in metrics.render()[0]
     opener.background.close()
 
 

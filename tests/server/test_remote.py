@@ -349,7 +349,7 @@ async def test_front_end_that_ends_has_its_requests_cancelled_and_counted(joined
     await until(lambda: bool(model.requests))
     joined.remote.close()
     await until(lambda: not joined.engine._connections)
-    await until(lambda: b'code="cancelled",model="m",version="2"} 1.0' in joined.metrics.text())
+    await until(lambda: b'code="cancelled",model="m",version="2"} 1.0' in joined.metrics.render()[0])
     asking.cancel()
 
 
@@ -363,9 +363,9 @@ async def test_finished_requests_are_counted_in_the_engine(joined: Joined) -> No
     counter = RemoteCounters(joined.remote).of_model("m", "2")
     for code in ("ok", "ok", "malformed_request"):
         counter.request_finished(code, 0.5)
-    await until(lambda: b'code="malformed_request",model="m",version="2"} 1.0' in joined.metrics.text())
-    assert b'slipstream_requests_total{code="ok",model="m",version="2"} 2.0' in joined.metrics.text()
-    assert b'slipstream_request_seconds_sum{model="m",version="2"} 1.5' in joined.metrics.text()
+    await until(lambda: b'code="malformed_request",model="m",version="2"} 1.0' in joined.metrics.render()[0])
+    assert b'slipstream_requests_total{code="ok",model="m",version="2"} 2.0' in joined.metrics.render()[0]
+    assert b'slipstream_request_seconds_sum{model="m",version="2"} 1.5' in joined.metrics.render()[0]
 
 
 async def test_finished_requests_wait_for_room_to_be_counted(joined: Joined, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -378,7 +378,7 @@ async def test_finished_requests_wait_for_room_to_be_counted(joined: Joined, mon
     RemoteCounters(joined.remote).of_model("m", "2").request_finished("ok", 0.5)
     await asyncio.sleep(0.001)
     full[0] = False
-    await until(lambda: b'slipstream_requests_total{code="ok",model="m",version="2"} 1.0' in joined.metrics.text())
+    await until(lambda: b'slipstream_requests_total{code="ok",model="m",version="2"} 1.0' in joined.metrics.render()[0])
 
 
 async def test_request_that_another_version_answers_is_counted_for_it(joined: Joined) -> None:
@@ -391,9 +391,9 @@ async def test_request_that_another_version_answers_is_counted_for_it(joined: Jo
     counter.request_finished("ok", 0.5)
     counter.request_finished("ok", 0.5)
     joined.remote.tell_finished()
-    await until(lambda: b'code="ok",model="m",version="3"} 1.0' in joined.metrics.text())
-    assert b'code="ok",model="m",version="2"} 1.0' in joined.metrics.text()
-    assert b'code="malformed_request",model="m",version="2"} 1.0' in joined.metrics.text()
+    await until(lambda: b'code="ok",model="m",version="3"} 1.0' in joined.metrics.render()[0])
+    assert b'code="ok",model="m",version="2"} 1.0' in joined.metrics.render()[0]
+    assert b'code="malformed_request",model="m",version="2"} 1.0' in joined.metrics.render()[0]
 
 
 async def answered_by(version: str, asked: InferRequest) -> InferResponse:
@@ -407,7 +407,7 @@ async def test_what_finished_without_an_engine_is_counted_by_the_next_one(joined
     counter.request_finished("unavailable", 0.5)
     await asyncio.sleep(0)
     await joined.connect()
-    await until(lambda: b'code="unavailable",model="m",version="2"} 1.0' in joined.metrics.text())
+    await until(lambda: b'code="unavailable",model="m",version="2"} 1.0' in joined.metrics.render()[0])
 
 
 async def test_engine_says_where_an_answer_came_from(joined: Joined) -> None:

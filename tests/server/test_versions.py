@@ -120,9 +120,9 @@ async def test_new_version_becomes_the_default_and_the_old_one_is_closed(folder,
     with pytest.raises(Draining):
         await old.infer(X)
     assert (swaps(metrics, "swapped"), in_state(metrics, "ready")) == (1.0, 1.0)
-    assert b'slipstream_model_ready{model="mlp",version="2"} 1.0' in metrics.text()
-    assert b'slipstream_model_ready{model="mlp",version="1"}' not in metrics.text()
-    assert b'slipstream_lane_up{device="cpu",model="mlp",variant="fp32",version="1"}' not in metrics.text()
+    assert b'slipstream_model_ready{model="mlp",version="2"} 1.0' in metrics.render()[0]
+    assert b'slipstream_model_ready{model="mlp",version="1"}' not in metrics.render()[0]
+    assert b'slipstream_lane_up{device="cpu",model="mlp",variant="fp32",version="1"}' not in metrics.render()[0]
 
 
 async def test_swap_under_load_fails_no_request(folder, mlp, make):

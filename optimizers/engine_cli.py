@@ -1,6 +1,7 @@
 """The command ``build-engine``."""
 
 import threading
+import urllib.request
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,12 +13,14 @@ from optimizers import engine
 from optimizers.calibration import read_samples
 from optimizers.cli import FILE, progress, reports_errors
 from optimizers.engine import RTX_CAPABILITIES, EngineBuild, EngineOptions, Flavour, HardwareCompatibility, Observe
+from optimizers.errors import EngineBuildError
 from optimizers.graph import load_model, signature_of
 from optimizers.plans import PlanCache
-from optimizers.profiles import parse_profiles, profiles_of
+from optimizers.profiles import parse_profiles, profiles_of, profiles_of_traffic
 from server.artifact import Profile
 
 _BYTES_PER_MB = 1_000_000
+_TIMEOUT_S = 30.0
 
 
 @click.command("build-engine")
@@ -32,7 +35,16 @@ _BYTES_PER_MB = 1_000_000
 )
 @click.option("--calibration", type=FILE, help="DATA.npz: its shapes make the profiles, with --rows.")
 @click.option(
-    "--rows", multiple=True, type=click.IntRange(min=1), help="Largest batch of a profile from DATA.npz; repeatable."
+    "--traffic",
+    metavar="URL|FILE",
+    help="Shapes of real requests make the profiles, with --rows: http://HOST:PORT/v2/models/NAME/shapes of a server "
+    "in use, or its answer in a file.",
+)
+@click.option(
+    "--rows",
+    multiple=True,
+    type=click.IntRange(min=1),
+    help="Largest batch of a profile from data or traffic; repeatable.",
 )
 @click.option("--flavour", type=click.Choice(["auto", *get_args(Flavour)]), default="auto", show_default=True)
 @click.option(
@@ -65,7 +77,8 @@ def build_engine(model: Path, out: Path, cache: Path | None, **options: Any) -> 
     Example:
       slipstream build-engine model.onnx --out model.plan --profile x=1x64:8x64:32x64 --capability 8.9
     """  # noqa: D301  (click needs the control character, not its name)
-    profiles = _profiles(model, options.pop("profiles"), options.pop("calibration"), options.pop("rows"))
+    sources = (options.pop("profiles"), options.pop("calibration"), options.pop("traffic"))
+    profiles = _profiles(model, *sources, options.pop("rows"))
     if (megabytes := options.pop("workspace_mb")) is not None:
         options["workspace_bytes"] = megabytes * _BYTES_PER_MB
     wanted = EngineOptions(**{key: value for key, value in options.items() if value not in (None, ())})
@@ -77,14 +90,32 @@ def build_engine(model: Path, out: Path, cache: Path | None, **options: Any) -> 
     click.echo(f"{out}: {made.plan_bytes} bytes for {target}, {made.flavour} {made.version}, {state}")
 
 
-def _profiles(model: Path, texts: tuple[str, ...], data: Path | None, rows: tuple[int, ...]) -> tuple[Profile, ...]:
-    if data is not None and texts:
-        raise click.UsageError("--profile and --calibration are two ways to say the same; give one")
-    if (data is None) != (not rows):
-        raise click.UsageError("--rows and --calibration go together")
-    if data is None:
-        return parse_profiles(texts)
-    return profiles_of(read_samples(data, signature_of(load_model(model))), rows)
+def _profiles(
+    model: Path, texts: tuple[str, ...], data: Path | None, traffic: str | None, rows: tuple[int, ...]
+) -> tuple[Profile, ...]:
+    if sum(map(bool, (texts, data, traffic))) > 1:
+        raise click.UsageError("--profile, --calibration and --traffic are ways to say the same; give one")
+    if rows and not (data or traffic):
+        raise click.UsageError("--rows needs --calibration or --traffic")
+    if data is not None:
+        if not rows:
+            raise click.UsageError("--calibration needs --rows")
+        return profiles_of(read_samples(data, signature_of(load_model(model))), rows)
+    if traffic is not None:
+        return profiles_of_traffic(_read(traffic), rows)
+    return parse_profiles(texts)
+
+
+def _read(source: str) -> bytes:
+    """Read a URL, or a file."""
+    try:
+        if source.startswith(("http://", "https://")):
+            with urllib.request.urlopen(source, timeout=_TIMEOUT_S) as answer:  # noqa: S310  (one of the two)
+                body: bytes = answer.read()
+                return body
+        return Path(source).read_bytes()
+    except OSError as exc:
+        raise EngineBuildError(f"{source}: {exc}") from exc
 
 
 def _cancellable(build: Callable[[Observe], EngineBuild], show: Callable[[str, float], None]) -> EngineBuild:

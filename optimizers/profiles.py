@@ -1,11 +1,11 @@
-"""Shape profiles of engines: from calibration data, or as a user writes them.
+"""Shape profiles of engines: from calibration data, from traffic, or as a user writes them.
 
 Several profiles make one engine with tactics for each: a small batch is not run with what is best for a large one.
 """
 
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import msgspec
 
@@ -16,7 +16,22 @@ from server.tensors import Signature
 
 _SHAPE = re.compile(r"[1-9]\d*(x[1-9]\d*)*")
 
+_BATCH = -1
+
 Shape = tuple[int, ...]
+
+
+class _Seen(msgspec.Struct, frozen=True):
+    requests: int
+    inputs: dict[str, Shape]
+
+
+class _Traffic(msgspec.Struct, frozen=True):
+    """What ``GET /v2/models/NAME/shapes`` answers, the most frequent shapes first; -1 is the batch."""
+
+    name: str
+    version: str
+    shapes: list[_Seen]
 
 
 def profile_of(samples: Samples, max_rows: int, min_rows: int = 1) -> Profile:
@@ -36,6 +51,39 @@ def profiles_of(samples: Samples, max_rows: Sequence[int]) -> tuple[Profile, ...
     """Return one profile per batch size, each from the one below to its own: 8 and 32 give 1 to 8 and 9 to 32."""
     sizes = sorted(set(max_rows)) if samples.batched else [1]
     return tuple(profile_of(samples, size, below + 1) for below, size in zip([0, *sizes[:-1]], sizes, strict=True))
+
+
+def profiles_of_traffic(document: bytes, max_rows: Sequence[int]) -> tuple[Profile, ...]:
+    """Return profiles of what a server was asked: from the smallest sizes to the largest, best at the most frequent.
+
+    Args:
+        document: The answer to ``GET /v2/models/NAME/shapes``.
+        max_rows: Largest batch of each profile, as in ``profiles_of``; ignored for a model that is not batched.
+
+    Raises:
+        EngineBuildError: If it is no such answer, if no request is counted, or if a batched model has no largest batch.
+    """
+    try:
+        traffic = msgspec.json.decode(document, type=_Traffic)
+    except msgspec.MsgspecError as exc:
+        raise EngineBuildError(f"the traffic is no answer of /v2/models/NAME/shapes: {exc}") from exc
+    if not traffic.shapes:
+        raise EngineBuildError(f"{traffic.name} version {traffic.version} has had no requests yet")
+    batched = any(shape[:1] == (_BATCH,) for shape in traffic.shapes[0].inputs.values())
+    if batched and not max_rows:
+        raise EngineBuildError("the model is batched: give the largest batch of each profile with --rows")
+    best = traffic.shapes[0].inputs
+    sizes = {name: list(zip(*(seen.inputs[name] for seen in traffic.shapes), strict=True)) for name in best}
+
+    def at(bound: Callable[[Iterable[int]], int], rows: int) -> dict[str, Shape]:
+        bounds = {name: tuple(bound(axis) for axis in axes) for name, axes in sizes.items()}
+        return {name: _with_rows(shape, rows) for name, shape in bounds.items()}
+
+    steps = sorted(set(max_rows)) if batched else [1]
+    return tuple(
+        Profile(at(min, below + 1), {name: _with_rows(shape, rows) for name, shape in best.items()}, at(max, rows))
+        for below, rows in zip([0, *steps[:-1]], steps, strict=True)
+    )
 
 
 def reaching_down(profile: Profile, signature: Signature) -> Profile:
@@ -73,6 +121,10 @@ def parse_profiles(texts: Sequence[str]) -> tuple[Profile, ...]:
             f"inputs have different numbers of profiles: {counts}; give each one, or the same number"
         )
     return tuple(_profile(given, index) for index in range(max(counts.values(), default=1)))
+
+
+def _with_rows(shape: Shape, rows: int) -> Shape:
+    return (rows, *shape[1:]) if shape[:1] == (_BATCH,) else shape
 
 
 def _profile(given: dict[str, list[tuple[Shape, ...]]], index: int) -> Profile:

@@ -138,6 +138,7 @@ class Application(FastAPI):
             ("/v2/health/ready", self._ready, "Whether every model is ready and the server is not stopping"),
             ("/v2/models/{name}", self._model, "Inputs, outputs and versions of a model"),
             ("/v2/models/{name}/versions/{version}", self._model_version, "Inputs and outputs of a version"),
+            ("/v2/models/{name}/shapes", self._shapes, "Shapes of the requests that a model got"),
             ("/v2/models/{name}/ready", self._model_ready, "Whether a model is ready"),
             ("/v2/models/{name}/versions/{version}/ready", self._version_ready, "Whether a version is ready"),
             ("/metrics", self._metrics, "Metrics in Prometheus' text format"),
@@ -182,6 +183,10 @@ class Application(FastAPI):
 
     async def _model_version(self, name: str, version: str) -> Response:
         return self._metadata_of(name, version)
+
+    async def _shapes(self, name: str) -> Response:
+        model = self.repository.get(name)
+        return _json({"name": name, "version": model.version, "shapes": model.shapes()})
 
     async def _model_ready(self, name: str) -> Response:
         return self._readiness_of(name, "")

@@ -19,6 +19,7 @@ from server.scheduler import Cores, LaneSpec, Scheduler
 from server.serving import How
 from server.session import MEASURED_ROWS, check_text
 from server.settings import Settings
+from server.shapes import Shapes
 from server.split import Splits
 from server.tensors import InferRequest, InferResponse, Tensors, TensorSpec
 
@@ -58,6 +59,7 @@ class Model:
         self._scheduler: Scheduler | None = None
         self._runner = lanes.specs[0].runner
         self._takes_text = any(spec.datatype == "BYTES" for spec in self.signature.inputs)
+        self._shapes = Shapes(self.signature, batchable=limits.batchable)
 
     @classmethod
     def load(
@@ -196,6 +198,8 @@ class Model:
         self.signature.check_outputs(request.outputs)
         if self._takes_text:
             check_text(request.inputs)
+        if self._shapes.vary:
+            self._shapes.count(request.inputs)
         return self._scheduler.submit(request)
 
     def finish(self, request: InferRequest, outcome: Completion) -> tuple[InferResponse, How]:
@@ -249,6 +253,10 @@ class Model:
             "inputs": [_metadata_of(spec) for spec in self.signature.inputs],
             "outputs": [_metadata_of(spec) for spec in self.signature.outputs],
         }
+
+    def shapes(self) -> list[dict[str, Any]]:
+        """Return the shapes of the requests so far; see ``Shapes.table``."""
+        return self._shapes.table()
 
     async def drain(self, timeout_s: float) -> bool:
         """Take no more requests and finish those that wait; return whether all were finished in ``timeout_s``."""

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
@@ -14,6 +15,9 @@ from click.testing import CliRunner, Result
 from optimizers import engine_cli
 from optimizers.engine import EngineOptions, build_engine
 from server.artifact import Profile
+from tests.artifacts import write_plain
+from tests.end_to_end.process import Server
+from tests.models import save_sequence
 
 rtx = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx_bindings") is None, reason="TensorRT-RTX is not installed: extra 'rtx'"
@@ -61,6 +65,31 @@ def test_profiles_come_from_data(mlp: Path, tmp_path: Path):
 
 
 @rtx
+def test_profiles_come_from_the_requests_of_a_server(tmp_path: Path):
+    sequence = save_sequence(tmp_path / "sequence.onnx")
+    with Server(write_plain(tmp_path / "models", "sequence", "1", sequence).parents[1]) as server:
+        for length in (8, 8, 4):
+            tensors = [
+                {"name": name, "datatype": "INT64", "shape": [1, length], "data": [1] * length}
+                for name in ("ids", "mask")
+            ]
+            answer = httpx.post(f"{server.url}/v2/models/sequence/infer", json={"inputs": tensors})
+            assert answer.status_code == 200, answer.text
+        traffic = ("--traffic", f"{server.url}/v2/models/sequence/shapes", "--rows", 8)
+        result = run(sequence, "--out", tmp_path / "a.plan", *BASE, *traffic)
+    assert result.exit_code == 0, result.output
+    text = [part for name in ("ids", "mask") for part in ("--profile", f"{name}=1x4:8x8:8x8")]
+    assert run(sequence, "--out", tmp_path / "b.plan", *BASE, *text).exit_code == 0
+    assert (tmp_path / "a.plan").read_bytes() == (tmp_path / "b.plan").read_bytes()
+
+
+def test_traffic_that_cannot_be_read_says_so(mlp: Path, tmp_path: Path):
+    result = run(mlp, "--out", tmp_path / "a.plan", "--traffic", tmp_path / "missing.json", "--rows", 8)
+    assert result.exit_code == 1
+    assert "No such file" in result.stderr
+
+
+@rtx
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
@@ -85,9 +114,9 @@ def test_error_is_one_line_and_nothing_is_written(mlp: Path, tmp_path: Path, opt
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        (("--rows", "8"), "--rows and --calibration go together"),
-        (("--calibration", "DATA"), "--rows and --calibration go together"),
-        (("--calibration", "DATA", "--rows", "8", *SHAPES), "two ways to say the same"),
+        (("--rows", "8"), "--rows needs --calibration or --traffic"),
+        (("--calibration", "DATA"), "--calibration needs --rows"),
+        (("--calibration", "DATA", "--rows", "8", *SHAPES), "are ways to say the same"),
         (("--flavour", "other"), "'other' is not one of"),
         (("--calibration", "none.npz", "--rows", "8"), "'none.npz' does not exist"),
     ],

@@ -1,11 +1,13 @@
-"""Shape profiles: from data, and from what a user writes."""
+"""Shape profiles: from data, from traffic, and from what a user writes."""
+
+import json
 
 import numpy as np
 import pytest
 
 from optimizers.calibration import Samples
 from optimizers.errors import EngineBuildError
-from optimizers.profiles import parse_profiles, profile_of, profiles_of, reaching_down
+from optimizers.profiles import parse_profiles, profile_of, profiles_of, profiles_of_traffic, reaching_down
 from server.artifact import Profile
 from server.tensors import Signature, TensorSpec
 
@@ -69,3 +71,36 @@ def test_profile_reaches_down_on_variable_axes_only():
     reached = reaching_down(Profile(large, large, large), signature)
     assert reached.minimum == {"ids": (1, 1), "image": (1, 3, 8, 8)}
     assert (reached.optimum, reached.maximum) == (large, large)
+
+
+def traffic(*shapes: dict[str, list[int]]) -> bytes:
+    seen = [{"requests": 9 - place, "inputs": each} for place, each in enumerate(shapes)]
+    return json.dumps({"name": "m", "version": "1", "shapes": seen}).encode()
+
+
+def test_traffic_becomes_profiles_from_the_smallest_to_the_largest_best_at_the_most_frequent():
+    seen = traffic({"ids": [-1, 64], "side": [3]}, {"ids": [-1, 8], "side": [3]}, {"ids": [-1, 128], "side": [3]})
+    small, large = profiles_of_traffic(seen, [32, 8])
+    assert small == Profile(
+        {"ids": (1, 8), "side": (3,)}, {"ids": (8, 64), "side": (3,)}, {"ids": (8, 128), "side": (3,)}
+    )
+    assert (large.minimum["ids"], large.optimum["ids"], large.maximum["ids"]) == ((9, 8), (32, 64), (32, 128))
+
+
+def test_traffic_of_a_model_without_a_batch_needs_no_rows():
+    (profile,) = profiles_of_traffic(traffic({"x": [5, 2]}, {"x": [7, 2]}), [])
+    assert profile == Profile({"x": (5, 2)}, {"x": (5, 2)}, {"x": (7, 2)})
+
+
+@pytest.mark.parametrize(
+    ("document", "rows", "text"),
+    [
+        (b"{}", [8], "no answer of /v2/models/NAME/shapes"),
+        (b"no JSON", [8], "no answer of /v2/models/NAME/shapes"),
+        (traffic(), [8], "m version 1 has had no requests yet"),
+        (traffic({"x": [-1, 2]}), [], "largest batch of each profile with --rows"),
+    ],
+)
+def test_traffic_that_makes_no_profile_says_why(document: bytes, rows: list[int], text: str):
+    with pytest.raises(EngineBuildError, match=text):
+        profiles_of_traffic(document, rows)

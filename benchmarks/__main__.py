@@ -28,8 +28,8 @@ from benchmarks.workloads import (
     read_rows,
     save_tiny,
 )
+from server.cores import usable_cores
 from server.errors import SlipstreamError
-from server.providers import usable_cores
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -31,7 +31,7 @@ from onnx import TensorProto, helper, numpy_helper
 from benchmarks.cpu import cpu_model
 from benchmarks.servers import HOST, RunningServer, slipstream
 from loadtests.connection import header_of
-from server.providers import usable_cores
+from server.cores import usable_cores
 
 CONNECTIONS = 16
 BAR = 1.2

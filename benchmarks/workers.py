@@ -17,7 +17,7 @@ import msgspec
 from benchmarks.cpu import cpu_model
 from benchmarks.servers import RunningServer, ServerFailed, offer, slipstream
 from benchmarks.workloads import Workload, binary_request, check_answers, json_request, save_tiny
-from server.providers import usable_cores
+from server.cores import usable_cores
 
 BAR = 0.8
 CONNECTIONS = (16, 64)

@@ -11,7 +11,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from benchmarks.generator import SeenAnswer
 from server.artifact import SessionOptions, read_artifact
-from server.providers import Device, open_ort_session, usable_cores
+from server.cores import usable_cores
+from server.providers import Device, open_ort_session
 from server.tensors import DATATYPE_OF_NUMPY, NUMPY_DTYPE, Array
 
 Row = dict[str, Array]

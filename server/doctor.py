@@ -16,10 +16,11 @@ import msgspec
 
 from server import listing
 from server.artifact import read_artifact
+from server.cores import usable_cores
 from server.errors import SlipstreamError, StartupError
 from server.host import available_memory_bytes, read_host
 from server.native import obstacle_of
-from server.providers import CPU, Device, check_environment, find_devices, usable_cores
+from server.providers import CPU, Device, check_environment, find_devices
 from server.settings import PREFIX, Settings, read_settings
 
 State = Literal["ok", "warn", "fix"]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-from server.providers import usable_cores
+from server.cores import usable_cores
 
 CPU_FLAGS = (
     "avx2",

@@ -11,10 +11,11 @@ import msgspec
 from server.artifact import Artifact, LatencyTable, Variant, read_golden
 from server.bench import LEAST_BUDGET_S, SessionBench, Subject
 from server.bound import RUNNERS
+from server.cores import usable_cores
 from server.errors import ArtifactError, Draining, InferenceFailed, StartupError
 from server.golden import require_golden
 from server.host import read_host
-from server.providers import Device, usable_cores
+from server.providers import Device
 from server.ranged import RangedSession
 from server.sample import Sample, sample_of_golden, sample_of_plain
 from server.scheduler import LaneSpec

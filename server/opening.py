@@ -8,12 +8,13 @@ from pathlib import Path
 from server.artifact import Artifact, read_artifact
 from server.background import Background
 from server.building import Building
+from server.cores import usable_cores
 from server.errors import Draining, StartupError
 from server.gpus import GpuCollector
 from server.metrics import Metrics
 from server.model import Model
 from server.native import obstacle_of
-from server.providers import CPU, Device, Devices, find_devices, usable_cores
+from server.providers import CPU, Device, Devices, find_devices
 from server.scheduler import Cores
 from server.settings import Settings
 from server.split import Splits

@@ -10,8 +10,8 @@ import msgspec
 
 from server.artifact import Artifact, Variant, read_artifact
 from server.capacity import Replica, Service, capacity, serve
+from server.cores import usable_cores
 from server.errors import SlipstreamError, StartupError
-from server.providers import usable_cores
 
 GPU_LANES = 2
 """Runs at a time on a GPU: one computes while the next one is copied."""

@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import io
 import logging
-import os
 from collections.abc import Sequence
 from functools import cache
 from importlib import metadata
@@ -21,6 +20,7 @@ import msgspec
 import numpy as np
 
 from server.artifact import SessionOptions, digest_of
+from server.cores import saturates_int8
 from server.errors import ArtifactError, EnvironmentConflict, ProviderUnavailable, StartupError, UnsupportedModel
 from server.libraries import Obstacle, count_gpus, missing_cuda, missing_tensorrt
 
@@ -84,10 +84,6 @@ RECORD_PLACEMENT = "session.record_ep_graph_assignment_info"
 GRAPH_ROWS = "slipstream.cuda_graph_rows"
 """Session entry of our own: batch sizes to capture as CUDA graphs, e.g. ``1,8,32``."""
 
-_INT8_DOT_PRODUCT = frozenset({"avx512_vnni", "avx_vnni"})
-_CPUINFO = Path("/proc/cpuinfo")
-_CGROUP = Path("/sys/fs/cgroup")
-_OWN_CGROUP = Path("/proc/self/cgroup")
 _INSTALL = "pip install 'slipstream-server[cpu]' or pip install 'slipstream-server[gpu]'"
 
 # A ModelProto by hand, because the runtime goes without the onnx package: IR version 8, opset 17, y = x + x, where x
@@ -133,29 +129,6 @@ def ort_errors() -> tuple[type[Exception], ...]:
     """Return every class that onnxruntime raises; its own ones share no base class."""
     own = [kind for kind in vars(ort_state).values() if isinstance(kind, type) and issubclass(kind, Exception)]
     return (*own, RuntimeError, ValueError, MemoryError)
-
-
-def usable_cores(cgroup: Path = _CGROUP) -> int:
-    """Return how many cores this process may use: its affinity, cut by the cgroup's CPU quota, at least 1.
-
-    Args:
-        cgroup: Where the cgroup file system is mounted.
-    """
-    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min([affinity, *_quotas(cgroup)]))
-
-
-def saturates_int8(cpuinfo: Path = _CPUINFO) -> bool:
-    """Return whether this CPU gives wrong INT8 products unless it is told otherwise.
-
-    x86 without VNNI multiplies UINT8 by INT8 and adds two neighbours in 16 bits, which saturates: 2 x 255 x 127 exceeds
-    32767. Weights of 7 bits never do, the session entry ``EXACT_PRODUCTS`` avoids it for all weights.
-
-    Args:
-        cpuinfo: Where Linux lists the CPU's instruction sets; a file without x86 flags means no.
-    """
-    flags = next((line for line in "".join(_read(cpuinfo)).splitlines() if line.startswith("flags")), "")
-    return bool(flags) and not _INT8_DOT_PRODUCT & set(flags.split())
 
 
 def check_environment(search_path: Sequence[str] | None = None) -> str:
@@ -413,22 +386,6 @@ def _owns_onnxruntime(dist: metadata.Distribution) -> bool:
         return True
     record = dist.read_text("RECORD") or ""
     return record.startswith("onnxruntime/") or "\nonnxruntime/" in record
-
-
-def _quotas(cgroup: Path) -> list[int]:
-    """Read whole cores from cgroup v2's ``cpu.max``, also of the groups above, and from v1; empty without a limit."""
-    own = "".join(_read(_OWN_CGROUP)).rpartition("0::")[2].strip("/")
-    groups = [Path(own), *Path(own).parents]
-    limits = [text.split() for group in groups for text in _read(cgroup / group / "cpu.max")]
-    limits += [[*_read(cgroup / "cpu/cpu.cfs_quota_us"), *_read(cgroup / "cpu/cpu.cfs_period_us")]]
-    return [int(limit[0]) // int(limit[1]) for limit in limits if len(limit) == 2 and limit[0] not in ("max", "-1")]
-
-
-def _read(path: Path) -> list[str]:
-    try:
-        return [path.read_text().strip()]
-    except OSError:
-        return []
 
 
 def _first_line(exc: Exception) -> str:

@@ -23,9 +23,9 @@ from benchmarks.zoo.odd import ODD, save
 from deploy.quickstart.packages import QuickstartError
 from optimizers.errors import OptimizerError
 from optimizers.recipe import Recipe
+from server.cores import usable_cores
 from server.errors import SlipstreamError
 from server.host import read_host
-from server.providers import usable_cores
 
 REPOSITORY = Path(".cache", "optimized")
 PACKAGES = ("onnxruntime", "onnx", "onnxslim", "onnxscript", "numpy")

@@ -27,7 +27,7 @@ from benchmarks.serving.results import Comparison
 from benchmarks.serving.systems import SYSTEMS
 from benchmarks.serving.tables import markdown
 from deploy.quickstart.packages import QuickstartError
-from server.providers import usable_cores
+from server.cores import usable_cores
 
 OUT = Path(__file__).resolve().parents[1] / "results" / "serving"
 PACKAGES = ("onnxruntime", "numpy", "uvicorn", "uvloop", "httptools", "fastapi", "pydantic")

@@ -18,7 +18,7 @@ import server.connection
 import server.tensor_data
 import server.wire
 from server.artifact import PLAIN_MODEL, UNOPTIMIZED, Artifact, SessionOptions, Variant
-from server.providers import usable_cores
+from server.cores import usable_cores
 from server.tensors import Array
 from slipstream import main as slipstream
 

@@ -33,7 +33,7 @@ from benchmarks.serving.install import python_of
 from benchmarks.serving.material import Material
 from benchmarks.serving.peers.setup import VARIABLE, Setup
 from benchmarks.workloads import Workload, check_answers
-from server.providers import usable_cores
+from server.cores import usable_cores
 
 MAX_ROWS = 32
 STOP_TIMEOUT_S = 5.0

@@ -17,7 +17,7 @@ from benchmarks.serving.loads import dialects_of
 from benchmarks.serving.material import MODELS, Material, open_materials
 from benchmarks.serving.systems import SYSTEMS, System, Tuning, started, workload_of
 from benchmarks.summary import percentile
-from server.providers import usable_cores
+from server.cores import usable_cores
 
 WINDOWS_MS = (0.0, 1.0, 2.0, 5.0)
 CLIENTS = (1, 16, 64)

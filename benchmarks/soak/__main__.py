@@ -29,7 +29,7 @@ from benchmarks.soak.observed import Observed, observed
 from benchmarks.soak.plot import save_plot
 from benchmarks.soak.trend import LEAST_BLOCKS, Trend, trend_of
 from benchmarks.soak.verdict import State, always_held, growth, leaks, summary
-from server.providers import usable_cores
+from server.cores import usable_cores
 
 ROOT = Path(__file__).resolve().parents[2]
 IDLE_S = 2.0

@@ -34,7 +34,7 @@ def reduced_range(host: HostFacts) -> bool:
     2 x 255 x 127 exceeds 32767. onnxruntime's quantizer keeps reduced weights within 64, and 2 x 255 x 64 = 32640 fits.
 
     Weights made on a CPU with the dot product have 8 bits. When such a model is opened on one without, the server asks
-    for exact products (``server.providers.saturates_int8``), which is right, but slower.
+    for exact products (``server.cores.saturates_int8``), which is right, but slower.
     """
     return host.arch in ("x86_64", "AMD64") and not host.has_int8_dot
 

@@ -4,8 +4,9 @@ import json
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -19,8 +20,17 @@ def command(*options: str) -> list[str]:
     return [sys.executable, "-m", "locust", "-f", str(ROOT / "loadtests" / "locustfile.py"), *options]
 
 
-def locust(server: Server, out: Path, *options: str) -> tuple[int, str, dict[str, Any]]:
-    """Run a load test; return its exit code, what it said, and its result."""
+class Outcome(NamedTuple):
+    """Exit code, what it said, its result, and the file of its plot."""
+
+    code: int
+    said: str
+    result: dict[str, Any]
+    plot: Path
+
+
+def locust(server: Server, out: Path, *options: str) -> Outcome:
+    """Run a load test."""
     done = subprocess.run(
         command("--headless", "--only-summary", "-H", server.url, "--out", str(out), *SHORT, *options),
         capture_output=True,
@@ -30,7 +40,8 @@ def locust(server: Server, out: Path, *options: str) -> tuple[int, str, dict[str
         cwd=ROOT,
     )
     file = out.with_name(f"{out.name}.json")
-    return done.returncode, done.stdout + done.stderr, json.loads(file.read_text()) if file.exists() else {}
+    result = json.loads(file.read_text()) if file.exists() else {}
+    return Outcome(done.returncode, done.stdout + done.stderr, result, out.with_name(f"{out.name}.svg"))
 
 
 SHAPES = {
@@ -42,38 +53,51 @@ SHAPES = {
 }
 
 
+LIMITS_MS = {"mlp": "2000", "slow": "2"}
+
+
+@pytest.fixture(scope="module")
+def runs(server: Server, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Outcome]:
+    """Each shape on the quick and on the slow model, a few at a time: they wait for the clock most of it."""
+    out = tmp_path_factory.mktemp("runs")
+
+    def run(shape: str, model: str) -> Outcome:
+        options = ("--model", model, "--shape", shape, "--max-p99-ms", LIMITS_MS[model], *SHAPES[shape])
+        return locust(server, out / f"{shape}-{model}", *options)
+
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        begun = {(shape, model): pool.submit(run, shape, model) for shape in SHAPES for model in LIMITS_MS}
+    return {key: future.result() for key, future in begun.items()}
+
+
 @pytest.mark.parametrize("shape", SHAPES)
-def test_each_shape_passes_on_a_quick_model(server: Server, tmp_path: Path, shape: str):
-    code, said, result = locust(
-        server, tmp_path / "run", "--model", "mlp", "--shape", shape, "--max-p99-ms", "2000", *SHAPES[shape]
-    )
+def test_each_shape_passes_on_a_quick_model(runs: dict[tuple[str, str], Outcome], shape: str):
+    code, said, result, plot = runs[shape, "mlp"]
     assert code == 0, said
     assert "PASSED: every threshold is kept" in said
     assert "1 process, the busiest took" in said
     assert all(phase["good_per_s"] > 5 for phase in result["phases"])
-    assert (tmp_path / "run.svg").stat().st_size > 5000
+    assert plot.stat().st_size > 5000
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_each_shape_fails_on_a_slow_model(server: Server, tmp_path: Path, shape: str):
-    code, said, result = locust(
-        server, tmp_path / "run", "--model", "slow", "--shape", shape, "--max-p99-ms", "2", *SHAPES[shape]
-    )
+def test_each_shape_fails_on_a_slow_model(runs: dict[tuple[str, str], Outcome], shape: str):
+    code, said, result, _ = runs[shape, "slow"]
     assert code == 1, said
     assert any("p99 is" in text for text in result["missed"])
     assert not any("no request was answered" in text for text in result["missed"])
 
 
 def test_rates_are_kept(server: Server, tmp_path: Path):
-    code, said, result = locust(server, tmp_path / "run", "--model", "mlp", "--rate", "100", "-t", "4s")
+    code, said, result, _ = locust(server, tmp_path / "run", "--model", "mlp", "--rate", "100", "-t", "3s")
     assert code == 0, said
     assert 75 < result["phases"][0]["asked_per_s"] < 125
 
 
 def test_steps_end_at_saturation_and_say_what_holds(server: Server, tmp_path: Path):
-    code, said, result = locust(
-        server, tmp_path / "run", "--model", "slow", "--shape", "steps", "--rate", "2", "--factor", "4",
-        "--step-seconds", "2", "--timeout-ms", "500", "--max-p99-ms", "5000", "--max-refused-share", "0.1",
+    code, said, result, _ = locust(
+        server, tmp_path / "run", "--model", "slow", "--shape", "steps", "--rate", "4", "--factor", "4",
+        "--step-seconds", "1", "--timeout-ms", "500", "--max-p99-ms", "5000", "--max-refused-share", "0.1",
     )  # fmt: skip
     assert code == 0, said
     steps = result["phases"]
@@ -85,16 +109,16 @@ def test_steps_end_at_saturation_and_say_what_holds(server: Server, tmp_path: Pa
 
 def test_refusals_are_no_errors_but_have_a_limit(server: Server, tmp_path: Path):
     load = ("--model", "slow", "--rate", "300", "-t", "2s", "--timeout-ms", "200")
-    code, said, result = locust(server, tmp_path / "run", *load)
+    code, said, result, _ = locust(server, tmp_path / "run", *load)
     assert code == 1, said
     (missed,) = result["missed"]
     assert "refused share is" in missed
-    code, said, result = locust(server, tmp_path / "run", *load, "--max-refused-share", "1")
+    code, said, result, _ = locust(server, tmp_path / "run", *load, "--max-refused-share", "1")
     assert (code, result["missed"]) == (0, []), said
 
 
 def test_least_goodput_can_be_missed(server: Server, tmp_path: Path):
-    code, said, _ = locust(
+    code, said, *_ = locust(
         server, tmp_path / "run", "--model", "mlp", "--rate", "20", "-t", "1s", "--min-goodput", "9999"
     )
     assert code == 1
@@ -107,7 +131,7 @@ def test_a_mix_is_counted_by_kind(server: Server, tmp_path: Path):
         '[[request]]\nmodel = "mlp"\nweight = 3\n'
         '[[request]]\nmodel = "two_inputs"\nname = "two"\nwire = "json"\nrows = 4\npriority = 9\ntimeout_ms = 3000\n'
     )
-    code, said, result = locust(server, tmp_path / "run", "--mix", str(mix), "--rate", "100", "-t", "3s")
+    code, said, result, _ = locust(server, tmp_path / "run", "--mix", str(mix), "--rate", "100", "-t", "3s")
     assert code == 0, said
     first, second = result["kinds"]
     assert (first["name"], second["name"]) == ("mlp: 1 row, binary", "two")
@@ -124,7 +148,7 @@ def test_two_workers_share_the_rate_and_report_everything(server: Server, tmp_pa
         for _ in range(2)
     ]
     try:
-        code, said, result = locust(
+        code, said, result, _ = locust(
             server, tmp_path / "run", "--model", "mlp", "--rate", "100", "-t", "4s",
             "--master", "--master-bind-port", port, "--expect-workers", "2",
         )  # fmt: skip
@@ -152,7 +176,7 @@ def test_two_workers_share_the_rate_and_report_everything(server: Server, tmp_pa
     ],
 )
 def test_what_cannot_start_says_why(server: Server, tmp_path: Path, options: tuple[str, ...], text: str):
-    code, said, _ = locust(server, tmp_path / "run", "-t", "1s", *options)
+    code, said, *_ = locust(server, tmp_path / "run", "-t", "1s", *options)
     assert code != 0
     assert f"cannot start: {text}" in said or ("cannot start: " in said and text in said)
     assert "Traceback" not in said

@@ -84,9 +84,13 @@ def build_payload(
         parameters: Of the request, such as ``priority``, and ``timeout`` in microseconds.
 
     Raises:
-        PayloadError: If an input has a datatype that this generator or this form does not know, or a fixed first axis
-            while more than one row is wanted.
+        PayloadError: If the metadata names no inputs, if an input has a datatype that this generator or this form does
+            not know, or a fixed first axis while more than one row is wanted.
     """
+    if not metadata.get("inputs"):
+        raise PayloadError(
+            f"the server names no inputs of model '{metadata.get('name', '')}', so nothing can be made up"
+        )
     rng = np.random.default_rng(filling.seed)
     encoder = _Encoder(binary)
     for spec in metadata["inputs"]:

@@ -167,7 +167,8 @@ def ready_models(host: str) -> list[str]:
     Raises:
         PayloadError: If the server cannot be reached, answers with an error, or has no index of its models.
     """
-    answer = fetch(f"{host.rstrip('/')}/v2/repository/index", Payload(b'{"ready": true}', {}))[0]
+    asked = Payload(b'{"ready": true}', {"Content-Type": "application/json"})
+    answer = fetch(f"{host.rstrip('/')}/v2/repository/index", asked)[0]
     try:
         return sorted({entry["name"] for entry in json.loads(answer)})
     except (ValueError, KeyError, TypeError) as exc:

@@ -122,3 +122,8 @@ def test_differences_are_told_relative_to_the_magnitude(
 def test_labels_must_be_equal_whatever_the_tolerance() -> None:
     assert difference({"y": np.array([100])}, {"y": np.array([101])}, 1.0)
     assert not difference({"y": np.array([100])}, {"y": np.array([100])}, 0.0)
+
+
+def test_a_server_that_names_no_inputs_is_told_so() -> None:
+    with pytest.raises(PayloadError, match="names no inputs of model 'm'"):
+        build_payload({"name": "m", "inputs": []}, Filling(), binary=True)

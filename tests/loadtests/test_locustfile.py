@@ -76,7 +76,7 @@ def test_each_shape_passes_on_a_quick_model(runs: dict[tuple[str, str], Outcome]
     assert code == 0, said
     assert "PASSED: every threshold is kept" in said
     assert "1 process, the busiest took" in said
-    assert all(phase["good_per_s"] > 5 for phase in result["phases"])
+    assert all(phase["good_per_s"] > 2 for phase in result["phases"])
     assert plot.stat().st_size > 5000
 
 

@@ -9,7 +9,7 @@ from server.joining import join, parts_of
 from server.order import Order
 from server.outcome import Future
 from server.ragged import Ragged
-from server.routing import Route
+from server.routes import Route
 from server.tensors import InferRequest
 from server.waiting import Pending, shape_of
 

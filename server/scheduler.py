@@ -18,9 +18,10 @@ from server.errors import Draining, InferenceFailed, SlipstreamError, UnknownVar
 from server.estimate import Estimate
 from server.metrics import ModelMetrics
 from server.outcome import Completion, Future, drained, expired, fail
+from server.prediction import latest_s, rows_that_may_wait
 from server.ragged import Ragged
 from server.recovery import Recovery
-from server.routing import LaneSpec, Runner
+from server.routes import LaneSpec, Runner, routes_of, state_of
 from server.sharing import Cores
 from server.tensors import InferRequest
 from server.timer import Timer
@@ -90,7 +91,7 @@ class Scheduler:
         return [self._worker(spec, alike[spec.variant, spec.device, spec.threads]) for spec in lanes]
 
     def _worker(self, spec: LaneSpec, times: Estimate) -> Worker:
-        state = routing.state_of(spec, self._limits, self._cores.count, times)
+        state = state_of(spec, self._limits, self._cores.count, times)
         return Worker(spec, state, self._ragged, self._limits.batchable, self._clock, self._finish, self._probed)
 
     def _start(self, workers: Sequence[Worker]) -> None:
@@ -159,7 +160,7 @@ class Scheduler:
         rows, deadline_s = self._rows + pending.rows, pending.deadline_s
         if rows > self._most_rows or (
             # Nearly always it can be kept, and this costs a tenth of a prediction.
-            deadline_s is not None and routing.latest_s(route.preferred[0], rows, now) > deadline_s
+            deadline_s is not None and latest_s(route.preferred[0], rows, now) > deadline_s
         ):
             self._admit(pending, now)
         self._enqueue(pending, self._part_rows[request.variant])
@@ -335,7 +336,7 @@ class Scheduler:
 
     def _reroute(self) -> None:
         states = [worker.state for worker in self._workers]
-        self._routes = routing.routes_of(states, faithful_first=self._limits.brownout and not self._brown)
+        self._routes = routes_of(states, faithful_first=self._limits.brownout and not self._brown)
         self._set_limits()
 
     def _set_limits(self) -> None:
@@ -343,7 +344,7 @@ class Scheduler:
         self._part_rows = {pin: self._admission.part_rows(route) for pin, route in self._routes.items()}
         route = self._routes.get("")
         most = self._limits.max_queue_rows
-        self._most_rows = most if route is None else routing.rows_that_may_wait(route, self._limits, self._room.share)
+        self._most_rows = most if route is None else rows_that_may_wait(route, self._limits, self._room.share)
 
     # Brown-out.
 

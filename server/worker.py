@@ -16,7 +16,7 @@ from server.breaker import Breaker
 from server.errors import OutOfMemory
 from server.outcome import Future
 from server.ragged import Ragged
-from server.routing import LaneSpec, LaneState
+from server.routes import LaneSpec, LaneState
 from server.tensors import Tensors
 
 logger = logging.getLogger(__name__)

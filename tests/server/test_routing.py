@@ -12,15 +12,9 @@ from server.artifact import LatencyTable
 from server.batching import BatchLimits
 from server.errors import DeadlineUnmeetable, QueueFull
 from server.estimate import Estimate
-from server.routing import (
-    LaneSpec,
-    LaneState,
-    Route,
-    predict_completion,
-    refusal,
-    routes_of,
-    state_of,
-)
+from server.prediction import latest_s, predict_completion
+from server.routes import LaneSpec, LaneState, Route, routes_of, state_of
+from server.routing import refusal
 from server.tensors import InferRequest
 from server.waiting import Pending, RequestQueue
 from tests.server.waiting import Answer, Room, pending_of
@@ -402,4 +396,4 @@ def test_what_one_lane_alone_would_do_in_time_is_never_refused_nor_underestimate
     route = routes_of(states)[""]
     done_s = predict_completion(route, backlog, rows, 0.0, lanes)
     assert done_s is not None
-    assert routing.latest_s(states[0], backlog + rows, 0.0) >= done_s - 1e-9
+    assert latest_s(states[0], backlog + rows, 0.0) >= done_s - 1e-9

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from server.order import Order
 from server.ragged import Ragged
-from server.routing import LaneState
+from server.routes import LaneState
 from server.tensors import InferRequest
 from server.waiting import Pending, shape_of
 
